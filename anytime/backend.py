@@ -1,0 +1,155 @@
+"""The promise every compressor keeps, and the thing that it makes."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from anytime.dataset import Part
+from anytime.metrics import Floats
+from anytime.model import AnytimeModel
+from anytime.spec import Spec
+from anytime.train import Trainer
+
+Target = Literal["u8s8", "s8s8"]  # activation and weight integers: CPU engines, TensorRT
+
+
+class Bits(NamedTuple):
+    """Bit widths that a layer multiplies."""
+
+    weight: int
+    activation: int
+
+
+FP32 = Bits(32, 32)
+BitMap = Mapping[str, Bits]  # layer path ("stages.0.0") -> bits; a path left out is FP32
+
+
+class Segment(NamedTuple):
+    """What runs without asking anybody: stages[first:stop] in their order, then one head or none."""
+
+    first: int
+    stop: int
+    head: int | None
+
+
+Plan = tuple[Segment, ...]
+
+
+class Deployable(ABC):
+    """A network in the form that a board runs. It can be pickled: boards start processes of their own."""
+
+    format: ClassVar[str]  # what a board must be able to run: "torch", "onnx", "tensorrt", "keras"
+    execution: str  # what really runs, as the tables say it: "torch", "ONNX Runtime", "fake-quant"
+    simulated: bool  # float kernels imitate the arithmetic: scored, never timed
+    needs: tuple[str, ...] = ()  # CPU flags, any one of which makes the kernels real; () needs none
+    twin: AnytimeModel  # the same arithmetic in torch: what is counted, what fidelity is judged against
+    bits: BitMap
+    facts: dict[str, str]  # what a reader of the record should know: exclusions, epochs, iterations
+
+    @property
+    def n_exits(self) -> int:
+        """E."""
+        return self.twin.n_exits
+
+    def plan(self, exits: Sequence[int]) -> Plan:
+        """Segments that read just the heads of ``exits``: each a fused run of stages and its head."""
+        segments, first = [], 0
+        for k in sorted(exits):
+            segments.append(Segment(first, k + 1, k))
+            first = k + 1
+        return tuple(segments)
+
+    def open(self, threads: int) -> None:
+        """Take ``threads`` threads and make everything ready to run. Default: torch's own threads."""
+        torch.set_num_threads(threads)
+
+    @abstractmethod
+    def start(self, x: Floats) -> Any:
+        """x float32 [B, ...] on the host -> state 0, where the network lives."""
+
+    @abstractmethod
+    def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
+        """State before the segment -> (state after it, its logits [B, K] float32 on the host; None without a head)."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> list[Path]:
+        """Write what a board needs to run it; size_bytes is the sum of these files."""
+
+    def executed(self, x: Floats) -> dict[str, str] | None:
+        """Layer path -> number type ("int8", "fp32" ...) of the kernel that ran it, read from the engine's profile
+        of one run over x; None when the engine has no profile to read."""
+        return None
+
+    def predict(self, x: Floats, batch: int = 256) -> Floats:
+        """Every exit for every sample: [N, ...] -> [E, N, K]."""
+        blocks = []
+        plan = self.plan(range(self.n_exits))
+        for i in range(0, len(x), batch):
+            state, rows = self.start(x[i : i + batch]), []
+            for segment in plan:
+                state, logits = self.step(segment, state)
+                rows.append(logits)
+            blocks.append(np.stack(rows))  # type: ignore[arg-type]
+        return np.concatenate(blocks, axis=1)
+
+
+class TorchNet(Deployable):
+    """A Deployable that torch runs as it stands: it is its own twin."""
+
+    format = "torch"
+
+    def __init__(
+        self,
+        twin: AnytimeModel,
+        bits: BitMap,
+        simulated: bool,
+        execution: str = "torch",
+        dtype: torch.dtype = torch.float32,
+        needs: tuple[str, ...] = (),
+        facts: dict[str, str] | None = None,
+    ) -> None:
+        self.twin, self.bits, self.simulated, self.execution = twin.eval(), dict(bits), simulated, execution
+        self.dtype, self.needs, self.facts = dtype, needs, facts or {}
+
+    def start(self, x: Floats) -> Any:
+        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(self.dtype)
+
+    @torch.inference_mode()
+    def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
+        for k in range(segment.first, segment.stop):
+            state = self.twin.stages[k](state)
+        if segment.head is None:
+            return state, None
+        return state, self.twin.heads[segment.head](state).float().numpy()
+
+    def save(self, folder: Path) -> list[Path]:
+        body = io.BytesIO()
+        torch.save(self.twin.state_dict(), body)
+        path = folder / "weights.pt"
+        path.write_bytes(body.getvalue())
+        return [path]
+
+
+@dataclass(frozen=True)
+class Backend(Spec, ABC):
+    """Makes a trained float network smaller or faster; backends wrap backends through a field ``of``."""
+
+    def why_not(self) -> str | None:
+        """Why this backend cannot run on this machine; None when it can. Must be quick."""
+        return None
+
+    @abstractmethod
+    def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
+        """Trained float model -> deployable; ``model`` is left as it was. Raises Unsupported, naming the layer.
+
+        A wrapper passes its own target down. Trainings inside are kept by the trainer under their name, so
+        one QAT under three engines trains once.
+        """

@@ -1,0 +1,81 @@
+"""Where latency is measured: the promise of every board."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from anytime.backend import Deployable
+from anytime.metrics import Floats, Ints
+from anytime.policy import Policy
+from anytime.spec import Spec
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Raw times in ms, batch 1: stage and head of every link, [E, R], over R samples and launches.
+
+    ``wall`` is elapsed time, ``cpu`` the process's CPU time over all its threads; never one in the other's place.
+    """
+
+    stage_ms: Floats
+    head_ms: Floats
+    stage_cpu_ms: Floats
+    head_cpu_ms: Floats
+    launches: int
+    facts: dict[str, str]
+
+    def to_exit(self, exit: int, uses: tuple[int, ...] | None = None, cpu: bool = False) -> Floats:
+        """ms [R] to leave at ``exit`` when the heads of ``uses`` (default: every one on the way) are run."""
+        stage, head = (self.stage_cpu_ms, self.head_cpu_ms) if cpu else (self.stage_ms, self.head_ms)
+        heads = [k for k in (range(exit + 1) if uses is None else uses) if k <= exit]
+        return np.asarray(stage[: exit + 1].sum(0) + head[heads].sum(0))
+
+    def path(self, uses: tuple[int, ...], exit: int) -> float:
+        """Median ms of a path: what a policy with a budget in milliseconds counts with."""
+        return float(np.median(self.to_exit(exit, uses)))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A policy executed end to end, batch 1, on R real samples: exit taken, class answered [R]; raw times [L, R] over L launches."""
+
+    exits: Ints
+    answers: Ints
+    wall_ms: Floats
+    cpu_ms: Floats
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Board(Spec, ABC):
+    """A machine that runs networks and holds the stopwatch."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the tables call it."""
+
+    def why_not(self, net: Deployable) -> str | None:
+        """Why this board cannot time this network; None when it can."""
+        if net.simulated:
+            return "simulated arithmetic has no latency"
+        return self._why_not(net)
+
+    @abstractmethod
+    def _why_not(self, net: Deployable) -> str | None: ...
+
+    @abstractmethod
+    def facts(self) -> dict[str, str]:
+        """What a reader needs to judge the number: chip, flags, clocks, governor, threads, versions, load."""
+
+    @abstractmethod
+    def time(self, nets: Sequence[Deployable], x: Floats) -> list[Timing]:
+        """x [R, ...]: real samples, each run alone through every stage and head, rounds interleaved over ``nets``."""
+
+    @abstractmethod
+    def run(self, jobs: Sequence[tuple[Deployable, Policy]], x: Floats) -> list[Replayed]:
+        """Execute each policy on its network's plan over x [R, ...], rounds interleaved over ``jobs``."""

@@ -1,0 +1,84 @@
+"""What an experiment is made of: a question, and the cells that answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from anytime.backend import Backend
+from anytime.board import Board
+from anytime.dataset import DatasetSpec
+from anytime.errors import UsageError
+from anytime.model import ModelSpec
+from anytime.policy import Policy
+from anytime.spec import Spec
+from anytime.train import Recipe
+
+
+@dataclass(frozen=True)
+class Cell(Spec):
+    """One thing trained and compressed. ``train_seed`` draws weights and batches, ``seed`` the split and the calibration."""
+
+    data: DatasetSpec
+    model: ModelSpec
+    recipe: Recipe
+    backend: Backend
+    train_seed: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Suite(Spec):
+    """One data set and the networks compared on it; the first network is the suite's reference."""
+
+    data: DatasetSpec
+    models: tuple[ModelSpec, ...]
+
+
+@dataclass(frozen=True)
+class Experiment(Spec):
+    """One question and everything that is run to answer it.
+
+    ``reference`` is the backend that losses, kept thresholds and budgets refer to (in FP32, on the suite's
+    first model, its last exit, all heads run); ``baseline`` the one whose latency speed-ups are taken over.
+    ``budgets`` are fractions of that reference's cost in ``currency``, or milliseconds when it is "ms".
+    ``replay_samples`` test samples are executed under each fitted policy on each board.
+    """
+
+    name: str
+    question: str
+    suites: tuple[Suite, ...]
+    recipe: Recipe
+    backends: tuple[Backend, ...]
+    policies: tuple[Policy, ...]
+    budgets: tuple[float, ...]
+    boards: tuple[Board, ...] = ()
+    reference: Backend | None = None
+    baseline: Backend | None = None
+    currency: Literal["macs", "bops", "ms"] = "macs"
+    train_seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0,)
+    time_samples: int = 256
+    replay_samples: int = 250
+
+    def __post_init__(self) -> None:
+        for field in ("suites", "backends", "train_seeds", "seeds"):
+            if not getattr(self, field):
+                raise UsageError(f"experiment {self.name!r}: {field} is empty; name at least one")
+        if any(not b > 0 for b in self.budgets):
+            raise UsageError(f"experiment {self.name!r}: budgets={self.budgets} must all be above 0")
+        if self.currency == "ms" and not self.boards:
+            raise UsageError(f"experiment {self.name!r}: budgets in ms need a board to measure on; name one in boards")
+
+    def cells(self) -> Iterator[Cell]:
+        """Every cell, those that share a training next to each other."""
+        for suite in self.suites:
+            for train_seed, seed, model, backend in product(self.train_seeds, self.seeds, suite.models, self.backends):
+                yield Cell(suite.data, model, self.recipe, backend, train_seed, seed)
+
+    @property
+    def reference_backend(self) -> Backend:
+        """``reference``, by default the first backend."""
+        return self.reference or self.backends[0]

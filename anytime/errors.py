@@ -1,0 +1,61 @@
+"""What can go wrong, each with the exit code that the command line gives it.
+
+Every message is one sentence that says what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AnytimeError(Exception):
+    """Something failed that the user can read about in one sentence; exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(AnytimeError):
+    """What was asked for cannot be meant: an unknown name, a wrong type, a bad value; exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(AnytimeError):
+    """A data file is missing, truncated or not the published one, or its content cannot be used."""
+
+
+class CorruptFile(AnytimeError):
+    """A file that we wrote earlier (checkpoint, record, cache) does not read back as written."""
+
+
+class Diverged(AnytimeError):
+    """A training met a NaN or infinite loss; the message names the epoch and the step."""
+
+
+class Unsupported(AnytimeError):
+    """This network cannot go through this backend; the message names the layer and the reason."""
+
+
+class Leak(AnytimeError):
+    """A fit was about to see test data, or samples that the network was trained on."""
+
+
+class Infeasible(AnytimeError):
+    """The budget lies under the cheapest path; ``least`` is the least possible budget, in its unit."""
+
+    def __init__(self, message: str, least: float) -> None:
+        super().__init__(message)
+        self.least = least
+
+    def __reduce__(self) -> tuple[type, tuple[str, float]]:
+        return type(self), (str(self), self.least)
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """A clause for an unknown ``name``: its near misses if there are any, else all that there is."""
+    known = sorted(set(names))
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"there is {', '.join(repr(k) for k in known)}" if known else "there is none"

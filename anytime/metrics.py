@@ -1,0 +1,173 @@
+"""Numbers from predictions. numpy only; letters: E exits, N samples, B batch, K classes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anytime.errors import AnytimeError
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
+Bools = NDArray[np.bool_]
+PartName = Literal["train", "calib", "tune", "val", "hold", "test"]
+
+Z95 = 1.959963984540054  # two-sided 95 %
+Z95_ONE_SIDED = 1.6448536269514722
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """All that a network says about one part: logits [E, N, K], labels [N].
+
+    ``sources`` are the digests of the part and of every published set that it was drawn from;
+    ``trained_on`` the digests of the parts that the network has learned from. A policy compares the two.
+    """
+
+    logits: Floats
+    labels: Ints
+    part: PartName
+    sources: frozenset[str] = frozenset()
+    trained_on: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.logits.ndim != 3 or self.logits.shape[1] != len(self.labels):
+            raise ValueError(f"logits {self.logits.shape} must be [E, N, K] with N = {len(self.labels)}")
+        if not np.isfinite(self.logits).all():
+            e, n = (int(i) for i in np.argwhere(~np.isfinite(self.logits))[0][:2])
+            raise AnytimeError(f"the logits of exit {e + 1} for {self.part} sample {n} are not finite")
+
+    @property
+    def n_exits(self) -> int:
+        """E."""
+        return int(self.logits.shape[0])
+
+
+def softmax(logits: Floats) -> Floats:
+    """Probabilities over the last axis, in float64."""
+    z = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    p = np.exp(z)
+    return np.asarray(p / p.sum(-1, keepdims=True))
+
+
+def correct(p: Predictions) -> Bools:
+    """Whether exit e is right about sample n: [E, N]."""
+    return np.asarray(p.logits.argmax(-1) == p.labels)
+
+
+def take(values: NDArray[Any], exits: Ints) -> NDArray[Any]:
+    """values [E, N, ...] at the exit of each sample [N] -> [N, ...]."""
+    return np.asarray(values[exits, np.arange(len(exits))])
+
+
+def accuracy(p: Predictions, exits: Ints) -> float:
+    """Top-1 share in [0, 1] when sample n leaves at exits[n]."""
+    return float(take(correct(p), exits).mean())
+
+
+def nll(logits: Floats, labels: Ints) -> float:
+    """Mean negative log-likelihood in nats of logits [N, K]."""
+    z = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return float(np.mean(np.log(np.exp(z).sum(-1)) - take(np.moveaxis(z, -1, 0), labels)))
+
+
+def ece(logits: Floats, labels: Ints, bins: int = 15) -> float:
+    """Expected calibration error in [0, 1] of logits [N, K], equal-width bins.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2, M = 15.
+    """
+    p = softmax(logits)
+    confidence, right = p.max(-1), p.argmax(-1) == labels
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    total = 0.0
+    for b in range(bins):
+        inside = which == b
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return float(total)
+
+
+class Interval(NamedTuple):
+    """An estimate with its two-sided 95 % limits."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+def wilson(n_right: int, n: int) -> Interval:
+    """Share with its 95 % score interval.
+
+    Source: Wilson 1927; Brown, Cai, DasGupta, "Interval Estimation for a Binomial Proportion", 2001, eq. 4.
+    """
+    if n <= 0:
+        raise ValueError("no samples, no share")
+    p, z2 = n_right / n, Z95**2
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return Interval(p, max(0.0, middle - half), min(1.0, middle + half))
+
+
+class Loss(NamedTuple):
+    """A paired loss in accuracy, reference minus candidate, in shares: positive is worse."""
+
+    value: float
+    lo: float
+    hi: float
+    upper: float  # the upper one-sided 95 % limit: "within x of the reference" means upper <= x
+
+
+def paired_loss(reference: Bools, candidate: Bools) -> Loss:
+    """Loss of ``candidate`` against ``reference`` on the same samples: both [N].
+
+    Only the discordant samples carry the difference; half a sample is added to each of the four cells,
+    so that no discordance at all does not read as certainty.
+    Source: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", 2005, section 3.
+    """
+    n = len(reference)
+    if n == 0 or len(candidate) != n:
+        raise ValueError(f"paired samples are needed, got {n} and {len(candidate)}")
+    lost = int((reference & ~candidate).sum())
+    won = int((~reference & candidate).sum())
+    b, c, m = lost + 0.5, won + 0.5, n + 2.0
+    centre = (b - c) / m
+    spread = math.sqrt((b + c) / m - centre**2) / math.sqrt(m)
+    return Loss((lost - won) / n, centre - Z95 * spread, centre + Z95 * spread, centre + Z95_ONE_SIDED * spread)
+
+
+class Metric(NamedTuple):
+    """What a column means: the report's headers and its glossary come from here."""
+
+    unit: str
+    better: Literal["higher", "lower", ""]
+    digits: int
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric("%", "higher", 2, "top-1 share of the test part that is right"),
+    "accuracy_lo": Metric("%", "", 2, "lower 95 % limit: Wilson's for one seed, t over seeds for several"),
+    "accuracy_hi": Metric("%", "", 2, "upper 95 % limit, likewise"),
+    "loss": Metric("points", "lower", 2, "paired: accuracy of FP32 minus accuracy of this row, same test samples"),
+    "loss_upper": Metric("points", "lower", 2, "upper one-sided 95 % limit of the paired loss"),
+    "macs": Metric("M", "lower", 3, "multiply-accumulates of convolutions and linear layers a sample, every head that ran included"),
+    "bops": Metric("G", "lower", 3, "bit operations a sample: MACs x weight bits x activation bits"),
+    "params": Metric("M", "lower", 3, "parameters of everything that ran to leave there"),
+    "size_bytes": Metric("MB", "lower", 3, "bytes of the files that a board needs, 1 MB = 1e6"),
+    "packed_bytes": Metric("MB", "lower", 3, "bytes of the parameters at their true bit widths"),
+    "latency_ms_p50": Metric("ms", "lower", 3, "median wall time of one sample, batch 1, heads on the way included"),
+    "latency_ms_p90": Metric("ms", "lower", 3, "90th percentile of the same"),
+    "latency_ms_p99": Metric("ms", "lower", 3, "99th percentile of the same; absent under 662 samples"),
+    "cpu_ms": Metric("ms", "lower", 3, "mean process CPU time a sample, all threads: compares work on a noisy machine"),
+    "speedup": Metric("x", "higher", 2, "latency_ms_p50 of speedup_over divided by this row's"),
+    "agreement": Metric("%", "higher", 2, "share of test samples on which the engine and its twin in torch say the same class, worst exit"),
+    "int8_macs_share": Metric("%", "higher", 1, "share of the MACs that ran in 8-bit kernels, from the engine's own profile, weighted by the probability of reaching them"),
+    "ece": Metric("", "lower", 4, "expected calibration error, 15 equal bins"),
+    "nll": Metric("nats", "lower", 4, "mean negative log-likelihood"),
+    "spent": Metric("", "", 3, "mean cost on test as a fraction of the reference's last exit"),
+    "exit_flips": Metric("%", "lower", 2, "share of test samples that leave at another exit than under FP32 with the same arm"),
+}

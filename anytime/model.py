@@ -1,0 +1,66 @@
+"""The promise every network keeps: a chain of stages with one head each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anytime.errors import UsageError
+from anytime.spec import Spec
+
+State = Any  # a Tensor, or a tuple of Tensors: what one stage hands to the next
+
+
+class AnytimeModel(nn.Module):
+    """Stage k maps state to state, head k maps state to logits [B, K]; the input is state 0.
+
+    ``restarts``: stage k starts again from x, nothing before it can be reused (IResNeXt).
+    ``trained_on``: digests of the parts whose samples it has learned from; imported weights name the
+    whole published training set.
+    """
+
+    def __init__(self, stages: Iterable[nn.Module], heads: Iterable[nn.Module], restarts: bool = False) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList(heads)
+        if len(self.stages) != len(self.heads) or not self.heads:
+            raise ValueError(f"{len(self.stages)} stages and {len(self.heads)} heads: one head per stage, at least one")
+        self.restarts = restarts
+        self.trained_on: frozenset[str] = frozenset()
+
+    @property
+    def n_exits(self) -> int:
+        """E."""
+        return len(self.heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ...] -> logits of every exit [E, B, K]."""
+        logits, state = [], x
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            state = stage(state)
+            logits.append(head(state))
+        return torch.stack(logits)
+
+
+@dataclass(frozen=True)
+class ModelSpec(Spec, ABC):
+    """A network that is not built yet."""
+
+    @abstractmethod
+    def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:
+        """Untrained network for inputs [B, *input_shape]; UsageError when it cannot take them."""
+
+
+def need_shape(spec: ModelSpec, got: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise UsageError unless the inputs have the one shape that the paper's network takes."""
+    if tuple(got) != tuple(wanted):
+        say = "x".join
+        raise UsageError(
+            f"{type(spec).__name__} takes inputs of {say(map(str, wanted))}, the data set gives {say(map(str, got))}: "
+            f"choose a data set of that shape or another model"
+        )

@@ -1,0 +1,138 @@
+"""One immutable JSON file per fact. Nothing is ever overwritten; a table is a fold over the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from anytime.errors import AnytimeError, CorruptFile
+
+Kind = Literal["eval", "measure", "decide", "replay", "skip", "fail"]
+KINDS: tuple[str, ...] = ("eval", "measure", "decide", "replay", "skip", "fail")
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One fact.
+
+    ``eval``     what a network predicts and costs: one row of ``exits`` per exit, one of ``layers`` per layer
+    ``measure``  what its stages and heads cost on a board: one row of ``exits`` per exit
+    ``decide``   a policy fitted on it: one row of ``points``: parameters, what it spends and scores
+    ``replay``   that decision executed on a board, end to end: one row of ``points``
+    ``skip``, ``fail``  with the sentence in ``reason``
+
+    ``fact`` names what is answered (cell, and policy, budget, arm, board where they apply), so that the same
+    question asked again has the same name; ``of`` the kind that a skip or fail stands in for.
+    """
+
+    exp: str
+    cell: str
+    kind: Kind
+    fact: str
+    spec: dict[str, Any]
+    of: str = ""
+    board: str = ""
+    exits: list[dict[str, Any]] = field(default_factory=list)
+    points: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+    schema: int = SCHEMA
+
+
+def append(record: Record, root: Path, attachments: dict[str, bytes] | None = None) -> Path:
+    """Write ``record`` to a new file under ``root/exp``, whole or not at all; any number of writers, no lock.
+
+    ``attachments`` (suffix -> bytes) lie beside it under its stem, written first: a record that is there is complete.
+    Raises AnytimeError when the disk is full or may not be written, and when a number is NaN.
+    """
+    folder = root / record.exp
+    created = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    stem = f"{created.replace('.', '')}-{record.kind}-{record.fact}-{uuid.uuid4().hex[:6]}"
+    try:
+        body = json.dumps({**asdict(record), "created": created}, indent=1, sort_keys=True, allow_nan=False)
+    except ValueError as error:
+        raise AnytimeError(f"a {record.kind} record of cell {record.cell} holds NaN or infinity: that is a failure, not a number") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, content in (attachments or {}).items():
+            _publish(content, folder / (stem + suffix))
+        return _publish(body.encode(), folder / f"{stem}.json")
+    except OSError as error:
+        raise AnytimeError(f"cannot write a record to {folder}: {error.strerror or error}; free space or change its rights, then run again") from error
+
+
+def _publish(content: bytes, final: Path) -> Path:
+    fd, name = tempfile.mkstemp(dir=final.parent, prefix=".tmp-")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        try:
+            os.link(name, final)  # raises if it exists: append-only by the file system, not by good manners
+        except FileExistsError:
+            raise
+        except OSError:  # FAT and some network disks have no links
+            with final.open("xb") as f:
+                f.write(content)
+        return final
+    finally:
+        os.unlink(name)
+
+
+class Loaded(NamedTuple):
+    """Records in the order of their creation, each with its file; and a sentence per file that could not be used."""
+
+    records: list[tuple[Record, Path]]
+    troubles: list[str]
+
+
+def load(root: Path, exp: str | None = None) -> Loaded:
+    """Every readable record under ``root`` (of one experiment). A torn or foreign file is a sentence, never an end."""
+    folder = root / exp if exp else root
+    records, troubles = [], []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            records.append((read(path), path))
+        except AnytimeError as error:
+            troubles.append(str(error))
+    records.sort(key=lambda item: item[0].created)
+    return Loaded(records, troubles)
+
+
+def read(path: Path) -> Record:
+    """One record; CorruptFile says what is wrong with the file."""
+    try:
+        said = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"the record {path} cannot be read ({error}): remove it; what it held is run again") from error
+    if not isinstance(said, dict) or said.get("kind") not in KINDS:
+        raise CorruptFile(f"{path} is no record of ours: move it out of the records folder")
+    if said.get("schema", 0) > SCHEMA:
+        raise CorruptFile(f"the record {path} was written by a newer version (schema {said['schema']}, this one reads {SCHEMA}): update anytime")
+    known = {f.name for f in fields(Record)}
+    missing = {"exp", "cell", "kind", "fact", "spec"} - said.keys()
+    if missing or said.keys() - known:
+        odd = ", ".join(sorted(missing | (said.keys() - known)))
+        raise CorruptFile(f"the record {path} does not fit schema {SCHEMA} (fields: {odd}): remove it; what it held is run again")
+    return Record(**said)
+
+
+def newest(records: Sequence[tuple[Record, Path]]) -> dict[str, tuple[Record, Path]]:
+    """fact -> its newest record: a finished one before any skip or fail of the same fact."""
+    best: dict[str, tuple[Record, Path]] = {}
+    for record, path in records:
+        old = best.get(record.fact)
+        if old is None or not (record.kind in ("skip", "fail") and old[0].kind not in ("skip", "fail")):
+            best[record.fact] = (record, path)
+    return best

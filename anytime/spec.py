@@ -1,0 +1,171 @@
+"""Specs: frozen dataclasses that are configuration and behaviour at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from ast import literal_eval
+from typing import Any, ClassVar, TypeVar
+
+from anytime.errors import UsageError, near
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Base of everything that an experiment names.
+
+    ``version`` is part of the key: bump it when the same fields start to mean something else, or when
+    a default changes.
+    """
+
+    version: ClassVar[int] = 1
+
+    @property
+    def label(self) -> str:
+        """The name that a table shows; the class name and the fields that are not defaults."""
+        said = ", ".join(
+            f"{name}={value.label if isinstance(value, Spec) else value!r}"
+            for name, value in _not_default(self).items()
+        )
+        return f"{type(self).__name__}({said})" if said else type(self).__name__
+
+
+def plain(obj: Any) -> Any:
+    """Spec -> JSON-able value with every field, tagged with class name and version."""
+    return _plain(obj, every_field=True)
+
+
+def key(obj: Any) -> str:
+    """12 hex digits of class, version and non-default fields.
+
+    A new field with a default moves no key; changing a default must bump the class's ``version``.
+    """
+    text = json.dumps(_plain(obj, every_field=False), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def override(spec: T, path: str, text: str) -> T:
+    """``override(exp, "recipe.epochs", "1")`` -> a copy with that field replaced.
+
+    A step of the path is a field name, an index into a tuple, or ``*``: every element of a tuple that
+    has the rest of the path (at least one must). Raises UsageError for an unknown name, with the near
+    misses, and for a value of a wrong type.
+    """
+    return _override(spec, path.split("."), text, path)
+
+
+def _not_default(spec: Spec) -> dict[str, Any]:
+    said = {}
+    for f in dataclasses.fields(spec):
+        value = getattr(spec, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        # 1 == True == 1.0, so types are compared too: they are different in JSON.
+        if type(value) is not type(default) or value != default:
+            said[f.name] = value
+    return said
+
+
+def _plain(obj: Any, every_field: bool) -> Any:
+    if isinstance(obj, Spec):
+        fields = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)} if every_field else _not_default(obj)
+        return {"is": type(obj).__name__, "version": obj.version} | {
+            name: _plain(value, every_field) for name, value in fields.items()
+        }
+    if isinstance(obj, tuple | list):
+        return [_plain(o, every_field) for o in obj]
+    if obj is None or isinstance(obj, bool | int | float | str):
+        return obj
+    raise TypeError(f"{obj!r} cannot be part of a spec: use numbers, strings, tuples or Specs")
+
+
+def _override(obj: Any, steps: list[str], text: str, path: str, hint: Any = Any) -> Any:
+    if not steps:
+        return _value(text, obj, hint, path)
+    head, rest = steps[0], steps[1:]
+    if isinstance(obj, tuple):
+        return _override_tuple(obj, head, rest, text, path, hint)
+    if not isinstance(obj, Spec):
+        raise UsageError(f"--set {path}: {head!r} asks for a part of {obj!r}, which has no parts")
+    names = [f.name for f in dataclasses.fields(obj)]
+    if head not in names:
+        raise UsageError(f"--set {path}: {type(obj).__name__} has no field {head!r}; {near(head, names)}")
+    field_hint = typing.get_type_hints(type(obj))[head]
+    new = _override(getattr(obj, head), rest, text, path, field_hint)
+    return dataclasses.replace(obj, **{head: new})
+
+
+def _override_tuple(obj: tuple[Any, ...], head: str, rest: list[str], text: str, path: str, hint: Any) -> Any:
+    args = typing.get_args(hint)
+    item_hint = args[0] if args else Any
+    if head == "*":
+        done, last_error = [], None
+        for item in obj:
+            try:
+                done.append(_override(item, rest, text, path, item_hint))
+            except UsageError as error:
+                last_error = error
+                done.append(item)
+        if last_error is not None and all(a is b for a, b in zip(done, obj, strict=True)):
+            raise last_error
+        return tuple(done)
+    if not head.lstrip("-").isdigit() or not -len(obj) <= int(head) < len(obj):
+        raise UsageError(f"--set {path}: {head!r} is no index into {len(obj)} elements; use 0 to {len(obj) - 1}, or *")
+    i = int(head) % len(obj)
+    return (*obj[:i], _override(obj[i], rest, text, path, item_hint), *obj[i + 1 :])
+
+
+def _value(text: str, old: Any, hint: Any, path: str) -> Any:
+    if isinstance(old, str) and _fits(text, hint):
+        return text
+    try:
+        new = literal_eval(text)
+    except (ValueError, SyntaxError):
+        new = text
+    if isinstance(new, list):
+        new = tuple(new)
+    if isinstance(new, int) and not isinstance(new, bool) and _fits(float(new), hint) and not _fits(new, hint):
+        new = float(new)
+    if not _fits(new, hint):
+        raise UsageError(f"--set {path}={text}: it must be {_say(hint)}, for example {path}={_example(old, hint)}")
+    return new
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is of the annotated type, tuples and unions included."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_fits(v, args[0]) for v in value)
+        return len(value) == len(args) and all(_fits(v, a) for v, a in zip(value, args, strict=True))
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, float)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _say(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else str(hint).replace("typing.", "")
+
+
+def _example(old: Any, hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return str(typing.get_args(hint)[0])
+    return str(old).replace(" ", "")

@@ -1,0 +1,284 @@
+"""One training loop for every network; interrupted anywhere, it ends with the same weights."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from anytime.dataset import Augment, Part
+from anytime.errors import AnytimeError, CorruptFile, Diverged, UsageError, near
+from anytime.model import AnytimeModel
+from anytime.spec import Spec
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+PER_BATCH_SCHEDULES = ("OneCycleLR", "CyclicLR")
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Recipe(Spec):
+    """How a network is trained.
+
+    ``optimizer`` and ``schedule`` are torch's own names, with further arguments as ((name, value), ...).
+    ``exit_weights`` () counts every exit the same. ``start`` "static" begins from the weights of the same
+    network without its exits, trained by the same recipe, as BranchyNet does.
+    ``precision`` "bf16" is autocast, taken where the device gains from it.
+    """
+
+    epochs: int = 30
+    batch: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    optimizer: str = "AdamW"
+    optimizer_args: tuple[tuple[str, float | bool], ...] = ()
+    schedule: str = "CosineAnnealingLR"
+    schedule_args: tuple[tuple[str, float | bool | tuple[int, ...]], ...] = ()
+    exit_weights: tuple[float, ...] = ()
+    label_smoothing: float = 0.0
+    start: Literal["scratch", "static"] = "scratch"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch < 1 or not self.lr > 0:
+            raise UsageError(f"recipe: epochs={self.epochs}, batch={self.batch}, lr={self.lr}: use epochs >= 0, batch >= 1, lr > 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"recipe: label_smoothing={self.label_smoothing} must lie in [0, 1)")
+        _torch_name(torch.optim, self.optimizer, torch.optim.Optimizer, "optimizer")
+        if self.schedule != "constant":
+            _torch_name(torch.optim.lr_scheduler, self.schedule, torch.optim.lr_scheduler.LRScheduler, "schedule")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """All that a backend may learn from: val and test cannot be reached from it.
+
+    ``folder`` holds checkpoints and finished weights, one subfolder per named training; None keeps nothing.
+    ``key`` says whose training this is (data, model, recipe, seeds), so that a name within it is unique.
+    """
+
+    recipe: Recipe
+    train: Part
+    train_seed: int
+    augment: Augment | None = None
+    folder: Path | None = None
+    key: str = ""
+    progress: Progress = field(default=silent, compare=False)
+
+    def fit(
+        self,
+        model: AnytimeModel,
+        *,
+        name: str = "base",
+        epochs: int | None = None,
+        lr_scale: float = 1.0,
+        precision: Literal["fp32", "bf16"] | None = None,
+        fresh: int | None = None,
+    ) -> AnytimeModel:
+        """Train in place and return the model in eval mode.
+
+        A training of this ``name`` that is already finished is loaded, an interrupted one goes on; what ends
+        is equal to the uninterrupted run's weights bit by bit on the same CPU and thread count.
+        ``fresh=i`` first draws all weights anew (member i of an ensemble). Raises Diverged on a NaN loss.
+        """
+        recipe = replace(
+            self.recipe,
+            epochs=self.recipe.epochs if epochs is None else epochs,
+            lr=self.recipe.lr * lr_scale,
+            precision=precision or self.recipe.precision,
+        )
+        seed = self.train_seed * 1000 + (fresh or 0)
+        if fresh is not None:
+            torch.manual_seed(seed)
+            for m in model.modules():
+                getattr(m, "reset_parameters", lambda: None)()
+        if self.folder is None:
+            _run(model, recipe, self, seed, name, None)
+        else:
+            place = self.folder / f"{self.key}-{name}"
+            with locked(place):
+                if not _load_finished(model, place):
+                    _run(model, recipe, self, seed, name, place)
+        return model.eval()
+
+
+def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name: str, place: Path | None) -> None:
+    x, y = trainer.train.x, trainer.train.y
+    layout = torch.channels_last if recipe.channels_last and x.ndim == 4 else torch.contiguous_format
+    model.to(memory_format=layout)
+    weights = recipe.exit_weights or (1.0,) * model.n_exits
+    if len(weights) != model.n_exits:
+        if model.n_exits != 1:
+            raise UsageError(f"recipe.exit_weights has {len(weights)} numbers for a network of {model.n_exits} exits: give one per exit, or ()")
+        weights = (1.0,)
+    steps = math.ceil(len(y) / recipe.batch)
+    optimizer, schedule = _optimizer(model, recipe, steps)
+    started = time.perf_counter()
+    first, spent = 0, 0.0
+    if place is not None and (place / "checkpoint.pt").exists():
+        first, spent = _resume(place / "checkpoint.pt", model, optimizer, schedule)
+    for epoch in range(first, recipe.epochs):
+        # Everything random in an epoch comes from (seed, epoch), so a resumed epoch is the same epoch.
+        torch.manual_seed(seed * 100_003 + epoch)
+        draw = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        model.train()
+        for step, i in enumerate(torch.randperm(len(y), generator=draw).split(recipe.batch)):
+            batch = x[i]
+            if trainer.augment is not None:
+                batch = trainer.augment(batch, draw)
+            batch = batch.contiguous(memory_format=layout)
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+                logits = model(batch)
+            loss = _loss(logits.float(), y[i], weights, recipe.label_smoothing)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise Diverged(
+                    f"training {name!r} met a loss of {value} at epoch {epoch + 1}, step {step + 1}: lower recipe.lr (now {recipe.lr:g})"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if schedule is not None and recipe.schedule in PER_BATCH_SCHEDULES:
+                schedule.step()
+            trainer.progress(name, epoch * steps + step + 1, recipe.epochs * steps)
+        if schedule is not None and recipe.schedule not in PER_BATCH_SCHEDULES:
+            schedule.step()
+        if place is not None:
+            state = {
+                "epoch": epoch + 1,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict() if schedule is not None else {},
+                "spent_s": spent + time.perf_counter() - started,
+            }
+            write_atomically(place / "checkpoint.pt", lambda p, s=state: torch.save(s, p))  # type: ignore[misc]
+    model.eval()
+    model.trained_on = model.trained_on | {trainer.train.digest}
+    if place is not None:
+        save_weights(model, place / "weights.safetensors", {"wall_s": f"{spent + time.perf_counter() - started:.1f}"})
+        (place / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _loss(logits: Tensor, y: Tensor, weights: tuple[float, ...], smoothing: float) -> Tensor:
+    return torch.stack([w * cross_entropy(z, y, label_smoothing=smoothing) for w, z in zip(weights, logits, strict=True)]).sum()
+
+
+def _torch_name(module: Any, name: str, base: type, what: str) -> Any:
+    names = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base)]
+    if name not in names:
+        raise UsageError(f"recipe.{what}={name!r} is not in torch; {near(name, names)}")
+    return getattr(module, name)
+
+
+def _optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    make = _torch_name(torch.optim, recipe.optimizer, torch.optim.Optimizer, "optimizer")
+    args = {"lr": recipe.lr, "weight_decay": recipe.weight_decay} | dict(recipe.optimizer_args)
+    try:
+        optimizer = make([p for p in model.parameters() if p.requires_grad], **args)
+        if recipe.schedule == "constant":
+            return optimizer, None
+        given: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.schedule_args}
+        if recipe.schedule == "CosineAnnealingLR":
+            given.setdefault("T_max", max(1, recipe.epochs))
+        if recipe.schedule == "OneCycleLR":
+            given = {"max_lr": recipe.lr, "total_steps": max(1, recipe.epochs * steps)} | given
+        return optimizer, getattr(torch.optim.lr_scheduler, recipe.schedule)(optimizer, **given)
+    except TypeError as error:
+        raise UsageError(f"recipe: {recipe.optimizer} or {recipe.schedule} does not take its arguments: {error}") from error
+
+
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[int, float]:
+    try:
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if schedule is not None:
+            schedule.load_state_dict(state["schedule"])
+        return int(state["epoch"]), float(state["spent_s"])
+    except Exception as error:
+        raise CorruptFile(f"the checkpoint {path} cannot be read ({_first_line(error)}): delete it and start again") from error
+
+
+def _load_finished(model: AnytimeModel, place: Path) -> bool:
+    path = place / "weights.safetensors"
+    if not path.exists():
+        return False
+    load_weights(model, path)
+    return True
+
+
+def save_weights(model: AnytimeModel, path: Path, facts: dict[str, str] | None = None) -> None:
+    """Write weights, buffers, ``trained_on`` and ``facts`` to ``path``, with their sha256 beside it, atomically."""
+    tensors = {n: t.detach().contiguous().clone() for n, t in model.state_dict().items()}
+    meta = {"trained_on": json.dumps(sorted(model.trained_on)), **(facts or {})}
+    body = safetensors.torch.save(tensors, meta)
+    digest = sha256(body).hexdigest()
+    write_atomically(path.with_suffix(".sha256"), lambda p: p.write_text(digest + "\n"))
+    write_atomically(path, lambda p: p.write_bytes(body))
+
+
+def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
+    """Load what ``save_weights`` wrote, strictly, and return its facts. CorruptFile when a byte differs."""
+    fix = "delete its folder and run again"
+    try:
+        body, wanted = path.read_bytes(), path.with_suffix(".sha256").read_text().strip()
+    except OSError as error:
+        raise CorruptFile(f"the weights {path} cannot be read ({_first_line(error)}): {fix}") from error
+    if sha256(body).hexdigest() != wanted:
+        raise CorruptFile(f"the weights {path} are not as they were written (sha256 differs): {fix}")
+    size = int.from_bytes(body[:8], "little")
+    meta: dict[str, str] = json.loads(body[8 : 8 + size]).get("__metadata__", {})
+    try:
+        model.load_state_dict(safetensors.torch.load(body))
+    except RuntimeError as error:
+        raise CorruptFile(f"the weights {path} do not fit the network ({_first_line(error)}): {fix}") from error
+    model.trained_on = frozenset(json.loads(meta.pop("trained_on", "[]")))
+    return meta
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write`` with a temporary name, then move it to ``path``: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    os.close(fd)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise AnytimeError(f"cannot write {path}: {error.strerror or error}; free space or change its rights, then run again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` alone; another process waits. The system lets go of it when the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
