@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,33 +15,15 @@ import torch
 from anytime.dataset import Part
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel
+from anytime.model import Plan as Plan
+from anytime.model import Segment as Segment
+from anytime.quant.bits import FP32 as FP32
+from anytime.quant.bits import BitMap as BitMap
+from anytime.quant.bits import Bits as Bits
+from anytime.quant.bits import Target as Target
+from anytime.quant.graph import Quantized
 from anytime.spec import Spec
 from anytime.train import Trainer
-
-Target = Literal["u8s8", "s8s8"]  # activation and weight integers: CPU engines, TensorRT
-
-
-class Bits(NamedTuple):
-    """Bit widths that a layer multiplies."""
-
-    weight: int
-    activation: int
-
-
-FP32 = Bits(32, 32)
-BitMap = Mapping[str, Bits]  # layer path ("stages.0.0") -> bits; a path left out is FP32
-
-
-class Segment(NamedTuple):
-    """What runs without asking anybody: stages[first:stop] in their order, then one head or none."""
-
-    first: int
-    stop: int
-    head: int | None
-
-
-Plan = tuple[Segment, ...]
-
 
 class Deployable(ABC):
     """A network in the form that a board runs. It can be pickled: boards start processes of their own."""
@@ -52,7 +34,7 @@ class Deployable(ABC):
     needs: tuple[str, ...] = ()  # CPU flags, any one of which makes the kernels real; () needs none
     twin: AnytimeModel  # the same arithmetic in torch: what is counted, what fidelity is judged against
     bits: BitMap
-    facts: dict[str, str]  # what a reader of the record should know: exclusions, epochs, iterations
+    facts: dict[str, str]  # what a reader of the record should know: exclusions, epochs, why it is simulated
 
     @property
     def n_exits(self) -> int:
@@ -138,9 +120,26 @@ class TorchNet(Deployable):
         return [path]
 
 
+def fake_quant_net(net: Quantized, target: Target) -> TorchNet:
+    """Freeze a calibrated network into one that torch runs with float kernels: scored, never timed."""
+    bits = net.bits
+    facts = {"simulated": "float kernels imitate the integers", "exclusions": ", ".join(net.exclusions), "target": target}
+    return TorchNet(net.freeze(round_bias=target == "u8s8"), bits, simulated=True, execution="fake-quant", facts=facts)
+
+
+def integer_column(bits: Bits, method: str) -> str:
+    """"INT8 PTQ" when weights and activations share a width, else "W4A8 PTQ"."""
+    return f"INT{bits.weight} {method}" if bits.weight == bits.activation else f"W{bits.weight}A{bits.activation} {method}"
+
+
 @dataclass(frozen=True)
 class Backend(Spec, ABC):
     """Makes a trained float network smaller or faster; backends wrap backends through a field ``of``."""
+
+    @property
+    def column(self) -> str:
+        """What a table's column calls its arithmetic: "FP32", "INT8 PTQ"; a wrapper passes its inner one on."""
+        return self.label
 
     def why_not(self) -> str | None:
         """Why this backend cannot run on this machine; None when it can. Must be quick."""

@@ -62,7 +62,7 @@ class Board(Spec, ABC):
     def why_not(self, net: Deployable) -> str | None:
         """Why this board cannot time this network; None when it can."""
         if net.simulated:
-            return "simulated arithmetic has no latency"
+            return f"simulated arithmetic has no latency: {net.facts.get('simulated', 'float kernels imitate it')}"
         return self._why_not(net)
 
     @abstractmethod

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import os
+import socket
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +31,11 @@ class Preprocessing(NamedTuple):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def black(self) -> tuple[float, ...]:
+        """What a pixel of 0 becomes, per channel."""
+        return tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,9 @@ class DatasetSpec(Spec, ABC):
     """A data set that is not read yet.
 
     ``calib``, ``tune``, ``val`` and ``hold`` are sample counts, drawn by the seed, class by class, from the
-    published training set; the rest is ``train``. ``test`` is the published one. ``limit`` keeps only the
-    first so many samples of the published sets, for a quick trial; 0 keeps all.
+    published training set; the rest is ``train``. ``test`` is the published one. ``limit`` keeps only so many
+    samples of each published set, class by class in proportion, for a quick trial; 0 keeps all.
     """
-
-    preprocessing: ClassVar[Preprocessing]
 
     calib: int = 1024
     tune: int = 1000
@@ -105,17 +110,23 @@ class DatasetSpec(Spec, ABC):
     def read(self) -> Raw:
         """Read the published sets; every file is checked. DataError names the file and the fix."""
 
+    @property
+    @abstractmethod
+    def preprocessing(self) -> Preprocessing:
+        """How the pixels are normalised, before any augmentation."""
+
     def augmentation(self) -> Augment | None:
         """What training does to each batch; None does nothing."""
         return None
 
     def load(self, seed: int) -> Data:
         """Read and split; the same seed draws the same parts."""
-        raw = self._limited(self.read())
+        raw = self.read()
         n_classes = len(raw.classes)
         _check(raw, type(self).__name__)
+        published = digest(raw.x_train, raw.y_train)  # of the whole set: what imported weights say that they have seen
+        raw = self._limited(raw)
         parts = draw(raw.y_train, {"calib": self.calib, "tune": self.tune, "val": self.val, "hold": self.hold}, seed, type(self).__name__)
-        published = digest(raw.x_train, raw.y_train)
 
         def part(name: PartName, x: NDArray[Any], y: NDArray[Any], origins: frozenset[str] = frozenset()) -> Part:
             return Part(normalise(x, self.preprocessing), torch.from_numpy(y.astype(np.int64)), name, digest(x, y), origins)
@@ -130,10 +141,17 @@ class DatasetSpec(Spec, ABC):
         )  # fmt: skip
 
     def _limited(self, raw: Raw) -> Raw:
+        if self.limit < 0:
+            raise UsageError(f"{type(self).__name__}: limit={self.limit} is no number of samples; use 1 or more, or 0 for all")
         if not self.limit:
             return raw
-        n = self.limit
-        return raw._replace(x_train=raw.x_train[:n], y_train=raw.y_train[:n], x_test=raw.x_test[:n], y_test=raw.y_test[:n])
+        train, test = _thin(raw.y_train, self.limit), _thin(raw.y_test, self.limit)
+        return Raw(raw.x_train[train], raw.y_train[train], raw.x_test[test], raw.y_test[test], raw.classes)
+
+
+def _thin(y: NDArray[Any], n: int) -> NDArray[np.intp]:
+    n = min(n, len(y))
+    return np.sort(np.argsort(y, kind="stable")[np.arange(n) * len(y) // max(n, 1)])
 
 
 def normalise(x: NDArray[Any], p: Preprocessing) -> Tensor:
@@ -201,6 +219,35 @@ def check_published(path: Path, wanted: str, fix: str) -> None:
         raise DataError(f"{path} is not the published file (md5 {got}, published {wanted}): delete it, then {fix}")
 
 
+def ensure_published(name: str, files: Mapping[Path, str], get: Callable[[], object]) -> None:
+    """Make sure that every file (path: md5) is there and is, byte for byte, the published one.
+
+    Missing ones are fetched by ``get``: torchvision's own download, which only unpacks what lies there packed.
+    DataError says what is missing or wrong, where it was looked for, and how to get it.
+    """
+    if all(path.is_file() and md5(path) == wanted for path, wanted in files.items()):
+        return
+    root = data_root()
+    fix = "set ANYTIME_DATA to a folder that holds it, laid out as torchvision does, or run once with network access"
+    before = socket.getdefaulttimeout()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / ".lock").open("w") as f:  # another process may be unpacking these very files
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if not all(path.is_file() for path in files):
+                socket.setdefaulttimeout(20)  # torchvision sets none, and a dead connection would hang
+                get()
+    except Exception as error:  # network, disk and archive errors share no base class
+        missing = [path for path in files if not path.is_file()]
+        if missing:
+            why = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise DataError(f"{name}: {missing[0]} is missing and could not be downloaded ({why}): {fix}") from error
+    finally:
+        socket.setdefaulttimeout(before)
+    for path, wanted in files.items():
+        check_published(path, wanted, fix)
+
+
 def torchvision() -> Any:
     """The torchvision package, also beside a CPU build of torch.
 
@@ -214,9 +261,9 @@ def torchvision() -> Any:
             raise
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
+        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for op in ("nms", "qnms"):
-            library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
         _KEEP.append(library)  # the schema lives as long as this object
         return importlib.import_module("torchvision")
 

@@ -29,6 +29,10 @@ class CorruptFile(AnytimeError):
     """A file that we wrote earlier (checkpoint, record, cache) does not read back as written."""
 
 
+class WriteError(AnytimeError):
+    """The disk is full or may not be written: nothing can go on."""
+
+
 class Diverged(AnytimeError):
     """A training met a NaN or infinite loss; the message names the epoch and the step."""
 

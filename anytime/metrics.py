@@ -82,7 +82,7 @@ def ece(logits: Floats, labels: Ints, bins: int = 15) -> float:
     """
     p = softmax(logits)
     confidence, right = p.max(-1), p.argmax(-1) == labels
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    which = np.ceil(confidence * bins).astype(int) - 1  # bins are open below and closed above
     total = 0.0
     for b in range(bins):
         inside = which == b
@@ -109,11 +109,12 @@ def wilson(n_right: int, n: int) -> Interval:
     p, z2 = n_right / n, Z95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return Interval(p, max(0.0, middle - half), min(1.0, middle + half))
+    # Rounding must not leave the share itself outside, at 0 and at 1.
+    return Interval(p, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))
 
 
 class Loss(NamedTuple):
-    """A paired loss in accuracy, reference minus candidate, in shares: positive is worse."""
+    """A paired loss in accuracy, reference minus candidate, in shares: positive is worse. All within [-1, 1]."""
 
     value: float
     lo: float
@@ -122,21 +123,34 @@ class Loss(NamedTuple):
 
 
 def paired_loss(reference: Bools, candidate: Bools) -> Loss:
-    """Loss of ``candidate`` against ``reference`` on the same samples: both [N].
+    """Loss of ``candidate`` against ``reference`` on the same samples: both [N]. Only the discordant samples carry it.
 
-    Only the discordant samples carry the difference; half a sample is added to each of the four cells,
-    so that no discordance at all does not read as certainty.
-    Source: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", 2005, section 3.
+    Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design", 1998. Not a Wald interval, adjusted or not: these pull towards 0, so that at the few discordant samples of a
+    well quantized network (20 lost, 1 won of 10,000) their upper limit holds in 93 % of cases instead of 95.
     """
     n = len(reference)
     if n == 0 or len(candidate) != n:
         raise ValueError(f"paired samples are needed, got {n} and {len(candidate)}")
     lost = int((reference & ~candidate).sum())
     won = int((~reference & candidate).sum())
-    b, c, m = lost + 0.5, won + 0.5, n + 2.0
-    centre = (b - c) / m
-    spread = math.sqrt((b + c) / m - centre**2) / math.sqrt(m)
-    return Loss((lost - won) / n, centre - Z95 * spread, centre + Z95 * spread, centre + Z95_ONE_SIDED * spread)
+    lo, hi, upper = (_score_limit(lost, won, n, z) for z in (-Z95, Z95, Z95_ONE_SIDED))
+    return Loss((lost - won) / n, lo, hi, upper)
+
+
+def _score_limit(lost: int, won: int, n: int, z: float) -> float:
+    """The true loss from which the observed one lies z of the standard errors that it would have itself."""
+    value = (lost - won) / n
+    lo, hi = (-1.0, value) if z < 0 else (value, 1.0)
+    for _ in range(60):
+        d = (lo + hi) / 2
+        b = (2 * n - lost + won) * d - lost - won
+        q = (math.sqrt(b * b + 8 * n * won * d * (1 - d)) - b) / (4 * n)  # the likeliest share of samples won, if d is true
+        if n * (d - value) > z * math.sqrt(max(0.0, n * (2 * q + d * (1 - d)))):
+            hi = d
+        else:
+            lo = d
+    return (lo + hi) / 2
 
 
 class Metric(NamedTuple):
@@ -154,7 +168,9 @@ METRICS: dict[str, Metric] = {
     "accuracy_hi": Metric("%", "", 2, "upper 95 % limit, likewise"),
     "loss": Metric("points", "lower", 2, "paired: accuracy of FP32 minus accuracy of this row, same test samples"),
     "loss_upper": Metric("points", "lower", 2, "upper one-sided 95 % limit of the paired loss"),
-    "macs": Metric("M", "lower", 3, "multiply-accumulates of convolutions and linear layers a sample, every head that ran included"),
+    "macs": Metric(
+        "M", "lower", 3, "multiply-accumulates of convolutions and linear layers a sample, every head that ran included"
+    ),
     "bops": Metric("G", "lower", 3, "bit operations a sample: MACs x weight bits x activation bits"),
     "params": Metric("M", "lower", 3, "parameters of everything that ran to leave there"),
     "size_bytes": Metric("MB", "lower", 3, "bytes of the files that a board needs, 1 MB = 1e6"),
@@ -164,8 +180,15 @@ METRICS: dict[str, Metric] = {
     "latency_ms_p99": Metric("ms", "lower", 3, "99th percentile of the same; absent under 662 samples"),
     "cpu_ms": Metric("ms", "lower", 3, "mean process CPU time a sample, all threads: compares work on a noisy machine"),
     "speedup": Metric("x", "higher", 2, "latency_ms_p50 of speedup_over divided by this row's"),
-    "agreement": Metric("%", "higher", 2, "share of test samples on which the engine and its twin in torch say the same class, worst exit"),
-    "int8_macs_share": Metric("%", "higher", 1, "share of the MACs that ran in 8-bit kernels, from the engine's own profile, weighted by the probability of reaching them"),
+    "agreement": Metric(
+        "%", "higher", 2, "share of test samples on which the engine and its twin in torch say the same class, worst exit"
+    ),
+    "int8_macs_share": Metric(
+        "%",
+        "higher",
+        1,
+        "share of the MACs that ran in 8-bit kernels, by the engine's own profile, weighted by the probability of reaching them",
+    ),
     "ece": Metric("", "lower", 4, "expected calibration error, 15 equal bins"),
     "nll": Metric("nats", "lower", 4, "mean negative log-likelihood"),
     "spent": Metric("", "", 3, "mean cost on test as a fraction of the reference's last exit"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,17 @@ from anytime.errors import UsageError
 from anytime.spec import Spec
 
 State = Any  # a Tensor, or a tuple of Tensors: what one stage hands to the next
+
+
+class Segment(NamedTuple):
+    """What runs without asking anybody: stages[first:stop] in their order, then one head or none."""
+
+    first: int
+    stop: int
+    head: int | None
+
+
+Plan = tuple[Segment, ...]
 
 
 class AnytimeModel(nn.Module):
@@ -49,7 +60,12 @@ class AnytimeModel(nn.Module):
 
 @dataclass(frozen=True)
 class ModelSpec(Spec, ABC):
-    """A network that is not built yet."""
+    """A network that is not built yet.
+
+    ``exits_early`` is False for a network of one exit: policies have nothing to decide there.
+    """
+
+    exits_early: ClassVar[bool] = True
 
     @abstractmethod
     def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:

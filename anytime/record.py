@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from anytime.errors import AnytimeError, CorruptFile
+from anytime.errors import AnytimeError, CorruptFile, WriteError
 
 Kind = Literal["eval", "measure", "decide", "replay", "skip", "fail"]
 KINDS: tuple[str, ...] = ("eval", "measure", "decide", "replay", "skip", "fail")
@@ -53,7 +53,7 @@ def append(record: Record, root: Path, attachments: dict[str, bytes] | None = No
     """Write ``record`` to a new file under ``root/exp``, whole or not at all; any number of writers, no lock.
 
     ``attachments`` (suffix -> bytes) lie beside it under its stem, written first: a record that is there is complete.
-    Raises AnytimeError when the disk is full or may not be written, and when a number is NaN.
+    Raises WriteError when the disk is full or may not be written, AnytimeError when a number is NaN.
     """
     folder = root / record.exp
     created = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
@@ -68,7 +68,7 @@ def append(record: Record, root: Path, attachments: dict[str, bytes] | None = No
             _publish(content, folder / (stem + suffix))
         return _publish(body.encode(), folder / f"{stem}.json")
     except OSError as error:
-        raise AnytimeError(f"cannot write a record to {folder}: {error.strerror or error}; free space or change its rights, then run again") from error
+        raise WriteError(f"cannot write a record to {folder}: {error.strerror or error}; free space or change its rights, then run again") from error
 
 
 def _publish(content: bytes, final: Path) -> Path:

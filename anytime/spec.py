@@ -29,8 +29,7 @@ class Spec:
     def label(self) -> str:
         """The name that a table shows; the class name and the fields that are not defaults."""
         said = ", ".join(
-            f"{name}={value.label if isinstance(value, Spec) else value!r}"
-            for name, value in _not_default(self).items()
+            f"{name}={value.label}" if isinstance(value, Spec) else f"{name}={value!r}" for name, value in _not_default(self).items()
         )
         return f"{type(self).__name__}({said})" if said else type(self).__name__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from anytime.dataset import Augment, Part
-from anytime.errors import AnytimeError, CorruptFile, Diverged, UsageError, near
+from anytime.errors import CorruptFile, Diverged, UsageError, WriteError, near
 from anytime.model import AnytimeModel
 from anytime.spec import Spec
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
+TUNE_LR_SCALE = 0.1  # of the recipe's learning rate, wherever a trained network is trained on
 PER_BATCH_SCHEDULES = ("OneCycleLR", "CyclicLR")
 
 
@@ -169,7 +171,9 @@ def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name:
                 "schedule": schedule.state_dict() if schedule is not None else {},
                 "spent_s": spent + time.perf_counter() - started,
             }
-            write_atomically(place / "checkpoint.pt", lambda p, s=state: torch.save(s, p))  # type: ignore[misc]
+            body = io.BytesIO()
+            torch.save(state, body)
+            write_atomically(place / "checkpoint.pt", body.getvalue())
     model.eval()
     model.trained_on = model.trained_on | {trainer.train.digest}
     if place is not None:
@@ -231,8 +235,8 @@ def save_weights(model: AnytimeModel, path: Path, facts: dict[str, str] | None =
     meta = {"trained_on": json.dumps(sorted(model.trained_on)), **(facts or {})}
     body = safetensors.torch.save(tensors, meta)
     digest = sha256(body).hexdigest()
-    write_atomically(path.with_suffix(".sha256"), lambda p: p.write_text(digest + "\n"))
-    write_atomically(path, lambda p: p.write_bytes(body))
+    write_atomically(path.with_suffix(".sha256"), f"{digest}\n".encode())
+    write_atomically(path, body)
 
 
 def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
@@ -254,21 +258,23 @@ def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
     return meta
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary name, then move it to ``path``: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    os.close(fd)
-    temporary = Path(name)
+def write_atomically(path: Path, body: bytes) -> None:
+    """Write to a temporary name, then move it to ``path``: whole or not at all."""
+    name = ""
     try:
-        write(temporary)
-        with temporary.open("rb") as f:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix="tmp-")
+        with os.fdopen(fd, "wb") as f:
+            f.write(body)
+            f.flush()
             os.fsync(f.fileno())
-        temporary.replace(path)
+        os.replace(name, path)
+        name = ""
     except OSError as error:
-        raise AnytimeError(f"cannot write {path}: {error.strerror or error}; free space or change its rights, then run again") from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}; free space or change its rights, then run again") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if name:
+            os.unlink(name)
 
 
 @contextmanager

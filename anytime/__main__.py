@@ -1,0 +1,151 @@
+"""The command line: python -m anytime run | list | report | cite | clean-cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from anytime.errors import AnytimeError
+
+FORMATS = ("md", "csv", "tex")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of every command."""
+    top = argparse.ArgumentParser(prog="anytime", description="Anytime networks under compression: one experiment, one honest table.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("run", "run what an experiment lacks, then write and print its table"),
+        ("list", "what an experiment asks for: todo, done, skip and why, fail"),
+        ("report", "write tables and figures from the records, without running anything"),
+        ("cite", "print the sources of what an experiment uses"),
+        ("clean-cache", "say what the cache holds, and with --yes delete it"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == "clean-cache":
+            command.add_argument("--yes", action="store_true", help="delete")
+            continue
+        command.add_argument("experiment", metavar="EXP", help="a name in experiments/, or the path of your own file")
+        command.add_argument("--set", action="append", default=[], metavar="a.b=v", dest="sets", help="override a field; may be repeated")
+        if name in ("run", "report"):
+            command.add_argument("--format", default="md,csv,tex", metavar="F", help=f"of {', '.join(FORMATS)}; several with commas")
+        if name == "run":
+            command.add_argument("--force", action="store_true", help="run finished work again")
+            command.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that train and predict side by side")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; answer its exit code: 0, 1 for a failure, 2 for a wrong question, 130 when interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        return {"run": _run, "list": _list, "report": _report, "cite": _cite, "clean-cache": _clean_cache}[args.command](args)
+    except AnytimeError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"anytime: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nanytime: interrupted; nothing that was finished is lost, the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    from anytime.find import experiment
+    from anytime.progress import Bars
+    from anytime.run import Runner
+
+    formats = _formats(args.format)
+    if args.jobs < 1:
+        from anytime.errors import UsageError
+
+        raise UsageError(f"--jobs {args.jobs}: give 1 or more")
+    exp = experiment(args.experiment, args.sets)
+    with Bars() as bars:
+        runner = Runner(exp, args.results, bars.step, bars.log, args.debug)
+        if args.force:
+            runner.forget()
+        n = len(runner.todo())
+        bars.log(f"{exp.name}: {n} facts to do" if n else f"{exp.name}: everything is there; FORCE=1 (--force) runs it again")
+        runner.run(args.jobs)
+    _write_report(exp.name, args.results, formats)
+    failed = [reason for fact_state, reason in runner.states() if fact_state == "fail"]
+    if failed:
+        print(f"anytime: {len(failed)} facts failed, the first one because: {failed[0]}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _write_report(name: str, results: Path, formats: Sequence[str]) -> None:
+    from anytime import report
+
+    written = report.write(results / "records", name, results, formats)
+    print(report.show(report.rows(results / "records", name)))
+    print("\n".join(f"wrote {path}" for path in written))
+
+
+def _report(args: argparse.Namespace) -> int:
+    name = args.experiment
+    if args.sets or name.endswith(".py") or "/" in name:
+        from anytime.find import experiment  # what was overridden decides the name
+
+        name = experiment(name, args.sets).name
+    _write_report(name, args.results, _formats(args.format))
+    return 0
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    from anytime.errors import UsageError, near
+
+    wanted = tuple(f.strip() for f in text.split(",") if f.strip())
+    for f in wanted:
+        if f not in FORMATS:
+            raise UsageError(f"--format {f}: there is no such format; {near(f, FORMATS)}")
+    return wanted
+
+
+def _list(args: argparse.Namespace) -> int:
+    from anytime.find import experiment
+    from anytime.listing import listing
+
+    print(listing(experiment(args.experiment, args.sets), args.results))
+    return 0
+
+
+def _cite(args: argparse.Namespace) -> int:
+    from anytime.find import experiment
+    from anytime.listing import sources
+
+    print(sources(experiment(args.experiment, args.sets)))
+    return 0
+
+
+def _clean_cache(args: argparse.Namespace) -> int:
+    import shutil
+
+    cache = args.results / "cache"
+    if not cache.is_dir():
+        print(f"{cache} is empty")
+        return 0
+    total = 0
+    for folder in sorted(p for p in cache.iterdir() if p.is_dir()):
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        total += size
+        print(f"{size / 1e6:10.1f} MB  {folder}")
+    print(f"{total / 1e6:10.1f} MB  in all; records, tables and figures are not in it, but trained weights are")
+    if args.yes:
+        shutil.rmtree(cache)
+        print(f"deleted {cache}")
+    else:
+        print("nothing was deleted: add --yes (make clean-cache YES=1)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

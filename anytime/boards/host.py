@@ -1,0 +1,436 @@
+"""This machine's own CPU. Run as a module, it is the fresh process that holds the stopwatch."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import pickle
+import platform
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from time import monotonic, perf_counter_ns, process_time_ns
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anytime import cpu
+from anytime.backend import Deployable, Segment
+from anytime.board import Board, Replayed, Timing
+from anytime.errors import AnytimeError, UsageError
+from anytime.metrics import Floats
+from anytime.policy import Policy
+
+Job = tuple[Deployable, Policy | None]  # without a policy: link by link
+
+FLAGS = (
+    *("avx2", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
+SILENCE_S = 180.0  # a child beats about every second; opening one network is the longest that it may take between two
+TURN, REFRESH = 8, 3  # samples of a turn; untimed ones before them
+NOISY_SHARE = 0.10
+NOISY_RULE = (
+    f"yes when, over the rounds, tasks waited for a CPU (Linux's pressure 'some') for more than {NOISY_SHARE:.0%} of the time, "
+    f"or the one measuring thread was off its CPU for more than {NOISY_SHARE:.0%}"
+)
+
+
+@dataclass(frozen=True)
+class Host(Board):
+    """Time networks on this machine's CPU, batch 1, in ``launches`` fresh processes one after the other.
+
+    Every launch runs every sample. After ``warmup`` runs of each network the networks take turns, in an order that
+    rotates from round to round. A turn times 8 samples, one by one, after 3 untimed runs (on the samples before
+    them) that bring the network's weights, code and branch history back into the core, as in a program that runs
+    nothing else: a time must not depend on the company that it was measured in. (Six of B-AlexNet's size, one thread of
+    ONNX Runtime: without these runs heads take 60 % and stages 8 to 23 % longer than alone, with them as long.)
+
+    Handing a sample over (``start``) counts to the first stage. A replay is timed from the sample to the class, exit
+    tests included. Launches follow each other in the sample axis of ``Timing``: [E, launches x R]. Clock readings are
+    not subtracted; the facts say what they take.
+
+    With more than one thread, engines get processes of their own (their launches taking turns), for the idle
+    threads of one keep spinning on the cores of the next.
+
+    Source: this project.
+    """
+
+    threads: int = 1
+    launches: int = 3
+    warmup: int = 10
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.launches < 1 or self.warmup < 0:
+            raise UsageError(
+                f"Host: threads={self.threads}, launches={self.launches}, warmup={self.warmup}: "
+                "use threads >= 1, launches >= 1, warmup >= 0"
+            )
+
+    @property
+    def name(self) -> str:
+        return "host"
+
+    def _why_not(self, net: Deployable) -> str | None:
+        if net.format not in ("torch", "onnx"):
+            return f"host runs torch and onnx, not {net.format}"
+        if net.format == "onnx" and importlib.util.find_spec("onnxruntime") is None:
+            return "onnxruntime is not installed here: pip install onnxruntime"
+        if self.threads > _cores():
+            return f"host may use {_cores()} cores, fewer than threads={self.threads}: set fewer threads"
+        if net.needs:
+            wanted = ", ".join(net.needs)
+            if not cpu.flags():
+                return f"this system does not say whether its CPU has one of {wanted}: it might time an emulation"
+            if not cpu.has_any(net.needs):
+                return f"this CPU has no kernels for these numbers (none of {wanted}): it would time an emulation"
+        return None
+
+    def facts(self) -> dict[str, str]:
+        mhz = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+        avg10 = re.search(r"some avg10=([\d.]+)", _read("/proc/pressure/cpu"))
+        return {
+            "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
+            "flags": " ".join(f for f in FLAGS if f in cpu.flags()) or ("none of note" if cpu.flags() else "unknown"),
+            "cores": f"{_cores()} of {os.cpu_count()}",
+            "threads": str(self.threads),
+            "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
+            "mhz": f"{int(mhz) / 1e3:.0f}" if mhz else _cpuinfo("cpu MHz") or "unknown",
+            "memory_gb": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f}",
+            "os": platform.platform(),
+            "python": platform.python_version(),
+            **{package: _version(package) for package in ("torch", "onnxruntime", "numpy")},
+            "pressure_avg10": avg10[1] if avg10 else "unknown",
+            "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+        }
+
+    def time(self, nets: Sequence[Deployable], x: Floats) -> list[Timing]:
+        timings = []
+        for readings, facts in self._measure([(net, None) for net in nets], x):
+            ms = 1e-6 * readings.reshape(-1, readings.shape[2] // 4, 2, 2).transpose(2, 3, 1, 0)
+            (stage, stage_cpu), (head, head_cpu) = ms
+            timings.append(Timing(stage, head, stage_cpu, head_cpu, self.launches, facts))
+        return timings
+
+    def run(self, jobs: Sequence[tuple[Deployable, Policy]], x: Floats) -> list[Replayed]:
+        replays = []
+        for (net, policy), (readings, facts) in zip(jobs, self._measure(jobs, x), strict=True):
+            wall, spent, exits, answers = readings.transpose(2, 0, 1)
+            if moved := int(((exits != exits[0]) | (answers != answers[0])).any(0).sum()):
+                raise AnytimeError(
+                    f"{self.name}: {net.execution} under {policy.label} took other exits or gave other answers in another "
+                    f"launch, on {moved} of {len(x)} samples: its kernels are not deterministic; try threads=1"
+                )
+            replays.append(Replayed(exits[0], answers[0], 1e-6 * wall, 1e-6 * spent, facts))
+        return replays
+
+    def _measure(self, jobs: Sequence[Job], x: Floats) -> list[tuple[NDArray[np.int64], dict[str, str]]]:
+        """Per job its readings [launches, R, ...] in ns, and the facts of its measurement."""
+        if not len(x):
+            raise UsageError(f"{self.name}: there is no sample to run; give at least one")
+        for net, _ in jobs:
+            if reason := self.why_not(net):
+                raise AnytimeError(f"{self.name} cannot time {net.execution}: {reason}")
+        groups: dict[str, list[int]] = {}
+        for i, (net, _) in enumerate(jobs):
+            groups.setdefault(net.format if self.threads > 1 else "", []).append(i)
+        reports: dict[str, list[dict[str, Any]]] = {group: [] for group in groups}
+        with _own_folder() as folder:
+            for group, members in groups.items():
+                _write(Path(folder) / f"jobs{group}", self.threads, self.warmup, [jobs[i] for i in members], x)
+            for launch in range(self.launches):
+                for group, members in groups.items():
+                    where = f"{self.name}, launch {launch + 1} of {self.launches}"
+                    what = ", ".join(dict.fromkeys(jobs[i][0].execution for i in members))
+                    reports[group].append(
+                        _launch(Path(folder) / f"jobs{group}", self.threads, f"{where}: the process that ran {what}")
+                    )
+        found: dict[int, tuple[NDArray[np.int64], dict[str, str]]] = {}
+        facts = self.facts() | {"launches": str(self.launches), "warmup": str(self.warmup), "samples": str(len(x))}
+        for group, members in groups.items():
+            measured = facts | {"interleaved": str(len(members))} | _noise(reports[group], self.threads)
+            for place, i in enumerate(members):
+                found[i] = np.stack([report["readings"][place] for report in reports[group]]), measured
+        return [found[i] for i in range(len(jobs))]
+
+
+# The machine
+
+
+def _cpuinfo(field: str) -> str:
+    line = re.search(rf"^{field}\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return line[1].strip() if line else ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _stalled_us() -> int | None:
+    """us since the start of the system in which some task waited for a CPU; None where the kernel does not say."""
+    total = re.search(r"some .*total=(\d+)", _read("/proc/pressure/cpu"))
+    return int(total[1]) if total else None
+
+
+def _noise(reports: Sequence[dict[str, Any]], threads: int) -> dict[str, str]:
+    wall, spent = sum(r["wall_ns"] for r in reports), sum(r["cpu_ns"] for r in reports)
+    stalled = None if any(r["stalled_us"] is None for r in reports) else sum(r["stalled_us"] for r in reports)
+    pressure = None if stalled is None else 1e3 * stalled / wall
+    waiting = max(0.0, 1 - spent / wall) if threads == 1 else None
+    say = "unknown" if stalled is None else str(stalled)
+    return {
+        "pressure_us": say,
+        "pressure_share": "unknown" if pressure is None else f"{pressure:.3f}",
+        "waiting_share": "unknown" if waiting is None else f"{waiting:.3f}",
+        "noisy": noisy(pressure, waiting),
+        "noisy_rule": NOISY_RULE,
+        "stopwatch_wall_ns": str(max(r["stopwatch_ns"][0] for r in reports)),
+        "stopwatch_cpu_ns": str(max(r["stopwatch_ns"][1] for r in reports)),
+    }
+
+
+def noisy(pressure: float | None, waiting: float | None) -> str:
+    """Whether others took the CPU: "yes", "no" or, with nothing measured, "unknown"; NOISY_RULE says when.
+
+    Shares of the measurement in [0, 1]: ``pressure`` with some task waiting for a CPU, ``waiting`` with the
+    measuring thread off its CPU.
+    """
+    shares = [share for share in (pressure, waiting) if share is not None]
+    if not shares:
+        return "unknown"
+    return "yes" if max(shares) > NOISY_SHARE else "no"
+
+
+# The parent's side of a launch
+
+
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="anytime-host-")
+    except OSError as error:
+        raise AnytimeError(
+            f"host: no temporary folder can be made ({error}); free space or set TMPDIR to one that can be written"
+        ) from error
+
+
+def _write(path: Path, *payload: Any) -> None:
+    try:
+        path.write_bytes(pickle.dumps(payload))
+    except OSError as error:
+        raise AnytimeError(f"host: cannot write {path} ({error.strerror}); free space or set TMPDIR to another folder") from error
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise AnytimeError(
+            f"host: a network or policy cannot be handed to a process of its own ({error}); keep lambdas, open sessions and "
+            "classes inside functions out of its state"
+        ) from error
+
+
+def _launch(jobs: Path, threads: int, who: str) -> dict[str, Any]:
+    """Run the file ``jobs`` in a fresh process that dies with us; AnytimeError says how it failed."""
+    report, words = jobs.with_suffix(".report"), jobs.with_suffix(".stderr")
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path),
+        "OMP_NUM_THREADS": str(threads),  # for the pools that no network's open() sizes
+    }
+    command = [sys.executable, "-P", "-m", "anytime.boards.host", str(jobs), str(report)]
+    with (
+        words.open("wb") as stderr,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=env) as child,
+    ):
+        assert child.stdout is not None
+        pulse = child.stdout.fileno()
+        try:
+            while alive := select.select([pulse], [], [], SILENCE_S)[0]:
+                if not os.read(pulse, 4096):
+                    break
+            code = child.wait(SILENCE_S) if alive else None
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            child.kill()
+    if code is None:
+        raise AnytimeError(f"{who} gave no sign of life for {SILENCE_S:g} s and was ended{_last_words(words)}")
+    if code:
+        how = f"was killed by signal {-code} ({signal.strsignal(-code)})" if code < 0 else "failed"
+        raise AnytimeError(f"{who} {how}{_last_words(words)}")
+    if not report.exists():
+        raise AnytimeError(f"{who} ended without a result{_last_words(words)}")
+    said: dict[str, Any] = pickle.loads(report.read_bytes())
+    report.unlink()
+    return said
+
+
+def _last_words(words: Path) -> str:
+    lines = words.read_text(errors="replace").split("\n")
+    return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), ", without a word")
+
+
+# The child's side: all that happens between two readings of the clocks
+
+
+class _Links:
+    """One network, link by link: ``go`` answers, per link, wall and CPU ns of its stage, then of its head."""
+
+    def __init__(self, net: Deployable) -> None:
+        self.net = net
+        self.links = [(Segment(k, k + 1, None), Segment(k + 1, k + 1, k)) for k in range(net.n_exits)]
+
+    def go(self, sample: Floats) -> list[int]:
+        start, step, state = self.net.start, self.net.step, None
+        readings = []
+        # The CPU's clock is the slow one to read: outside, so that wall times do not hold it.
+        for stage, head in self.links:
+            c0, w0 = process_time_ns(), perf_counter_ns()
+            if state is None:
+                state = start(sample)
+            state, _ = step(stage, state)
+            w1, c1 = perf_counter_ns(), process_time_ns()
+            c2, w2 = process_time_ns(), perf_counter_ns()
+            step(head, state)
+            w3, c3 = perf_counter_ns(), process_time_ns()
+            readings += [w1 - w0, c1 - c0, w3 - w2, c3 - c2]
+        return readings
+
+
+class _Replay:
+    """One policy on its network's plan: ``go`` answers wall ns, CPU ns, exit and class."""
+
+    def __init__(self, net: Deployable, policy: Policy, sample: Floats) -> None:
+        self.net, self.policy, used = net, policy, policy.uses(net.n_exits)
+        self.plan = net.plan(used)
+        # What the policy has read before each test: a slice, which copies nothing, unless it skips exits.
+        self.read = [slice(i + 1) if k == i else np.array(used[: i + 1]) for i, k in enumerate(used)]
+        self.at = [np.array([k]) for k in used]
+        state = net.start(sample)
+        for segment in self.plan:  # once to the end, for engines that make themselves ready at first use
+            state, logits = net.step(segment, state)
+        assert logits is not None
+        self.logits = np.empty((net.n_exits, *logits.shape), logits.dtype)
+
+    def go(self, sample: Floats) -> list[int]:
+        step, stop, logits, read, last = self.net.step, self.policy.stop, self.logits, self.read, len(self.plan) - 1
+        logits.fill(np.nan)  # an answer that needs an exit which was not read must not look like one
+        c0, w0 = process_time_ns(), perf_counter_ns()
+        state = self.net.start(sample)
+        for i, segment in enumerate(self.plan):
+            state, logits[segment.head] = step(segment, state)
+            if i == last or stop(logits[read[i]])[0]:
+                break
+        answer = self.policy.answer(logits, self.at[i])
+        said = answer.argmax()
+        w1, c1 = perf_counter_ns(), process_time_ns()
+        exit = int(self.at[i][0])
+        if not np.isfinite(answer).all():
+            raise AnytimeError(
+                f"{self.net.execution} under {self.policy.label} answers at exit {exit + 1} with logits that are not finite"
+            )
+        return [w1 - w0, c1 - c0, exit, int(said)]
+
+
+def _interleave(
+    runs: Sequence[_Links | _Replay], samples: Sequence[Floats], warmup: int, beat: Callable[[], None]
+) -> dict[str, Any]:
+    for run in runs:
+        for i in range(warmup):
+            run.go(samples[i % len(samples)])
+            beat()
+    readings: list[list[list[int]]] = [[] for _ in runs]
+    stopwatch = _stopwatch_ns()
+    gc.collect()
+    gc.disable()
+    stalled, c0, w0 = _stalled_us(), process_time_ns(), perf_counter_ns()
+    for round, first in enumerate(range(0, len(samples), TURN)):
+        for turn in range(len(runs)):
+            i = (round + turn) % len(runs)
+            for r in range(first - REFRESH, first):
+                runs[i].go(samples[r % len(samples)])
+            for sample in samples[first : first + TURN]:
+                readings[i].append(runs[i].go(sample))
+                beat()
+    w1, c1, stalled_after = perf_counter_ns(), process_time_ns(), _stalled_us()
+    gc.enable()
+    return {
+        "readings": [np.array(rows, np.int64) for rows in readings],
+        "wall_ns": w1 - w0,
+        "cpu_ns": c1 - c0,
+        "stalled_us": None if stalled is None or stalled_after is None else stalled_after - stalled,
+        "stopwatch_ns": stopwatch,
+    }
+
+
+def _stopwatch_ns() -> tuple[int, int]:
+    """What reading the clocks adds to a wall and to a CPU time: the medians of timing nothing."""
+    nothing = []
+    for _ in range(1001):
+        c0, w0 = process_time_ns(), perf_counter_ns()
+        w1, c1 = perf_counter_ns(), process_time_ns()
+        nothing.append((w1 - w0, c1 - c0))
+    wall, spent = np.median(nothing, axis=0)
+    return int(wall), int(spent)
+
+
+def _pulse() -> Callable[[], None]:
+    """Tell the parent about once a second that we live; without a parent the write fails, and we end."""
+    last = 0.0
+
+    def beat() -> None:
+        nonlocal last
+        if monotonic() - last > 1:
+            os.write(1, b".")
+            last = monotonic()
+
+    return beat
+
+
+def _child(jobs_file: str, report_file: str) -> None:
+    beat = _pulse()
+    beat()
+    try:
+        threads, warmup, jobs, x = pickle.loads(Path(jobs_file).read_bytes())
+    except (AttributeError, ImportError) as error:
+        raise AnytimeError(
+            f"a fresh process cannot import what it shall run ({error}): move the class into a module of its own"
+        ) from error
+    samples = [np.ascontiguousarray(x[r : r + 1], dtype=np.float32) for r in range(len(x))]
+    runs: list[_Links | _Replay] = []
+    opened = set()
+    for net, policy in jobs:
+        if id(net) not in opened:
+            net.open(threads)
+            opened.add(id(net))
+            beat()
+        runs.append(_Links(net) if policy is None else _Replay(net, policy, samples[0]))
+        beat()
+    report = _interleave(runs, samples, warmup, beat)
+    Path(report_file).write_bytes(pickle.dumps(report))
+
+
+if __name__ == "__main__":
+    try:
+        _child(*sys.argv[1:])
+    except AnytimeError as sentence:
+        sys.exit(str(sentence))

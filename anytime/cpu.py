@@ -1,0 +1,28 @@
+"""What this machine's processor can do."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+FP16_KERNELS = ("avx512_fp16", "amx_fp16", "asimdhp")  # any one: half-precision arithmetic, not conversions
+BF16_KERNELS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+@lru_cache
+def flags() -> frozenset[str]:
+    """Feature flags as Linux names them (x86 "flags", Arm "Features"); empty where there is no /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def has_any(wanted: tuple[str, ...]) -> bool:
+    """Whether the processor has one of the flags."""
+    return bool(flags() & set(wanted))

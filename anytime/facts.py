@@ -1,0 +1,101 @@
+"""The facts that an experiment asks for, by name, and which of them are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from anytime.backend import Backend
+from anytime.board import Board
+from anytime.config import Cell, Experiment, Suite
+from anytime.policy import Policy
+from anytime.record import Kind, Record
+from anytime.spec import key
+
+Arm = Literal["refitted", "kept"]
+State = Literal["todo", "done", "skip", "fail"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One question of an experiment. ``name`` is the same whenever and wherever it is asked.
+
+    ``position`` orders cells as the experiment names them. A policy's arm is "refitted" (on this network) or
+    "kept" (fitted on the reference backend's network and used on this one).
+    """
+
+    name: str
+    of: Kind
+    suite: Suite
+    cell: Cell
+    position: int
+    board: Board | None = None
+    policy: Policy | None = None
+    budget: float = 0.0
+    arm: Arm | Literal[""] = ""
+    needs: tuple[str, ...] = ()  # facts without which it cannot be: a replay's first one is its decide
+
+
+def reference_cell(cell: Cell, backend: Backend) -> Cell:
+    """The same network under the reference backend."""
+    return Cell(cell.data, cell.model, cell.recipe, backend, cell.train_seed, cell.seed)
+
+
+def measured(cell: Cell, board: Board) -> str:
+    """Name of the fact that this network was timed on this board."""
+    return key(("measure", cell, board))
+
+
+def facts_of(exp: Experiment) -> Iterator[Fact]:
+    """Every fact, cell by cell: what it predicts, what it costs on each board, what each policy makes of it, executed."""
+    suites = {key(s.data): s for s in exp.suites}
+    for position, cell in enumerate(exp.cells()):
+        suite = suites[key(cell.data)]
+        predicts = key(("eval", cell))
+        yield Fact(predicts, "eval", suite, cell, position)
+        for board in exp.boards:
+            yield Fact(measured(cell, board), "measure", suite, cell, position, board, needs=(predicts,))
+        if not cell.model.exits_early:
+            continue
+        reference = reference_cell(cell, exp.reference_backend)
+        arms: tuple[Arm, ...] = ("refitted",) if cell == reference else ("refitted", "kept")
+        # A budget in milliseconds belongs to a board; in MACs or BOPs it holds on every one.
+        places: tuple[Board | None, ...] = exp.boards if exp.currency == "ms" else (None,)
+        for policy in exp.policies:
+            for budget in exp.budgets:
+                for place in places:
+                    asked = (cell, policy, budget, exp.currency, suite.models[0], exp.reference_backend, place)
+                    for arm in arms:
+                        name = key(("decide", *asked, arm))
+                        needs = (predicts, measured(cell, place)) if place else (predicts,)
+                        yield Fact(name, "decide", suite, cell, position, place, policy, budget, arm, needs)
+                        for board in exp.boards if arm == "refitted" else ():
+                            if place in (None, board):
+                                executed = key(("replay", *asked, arm, board))
+                                needs = (name, measured(cell, board), predicts)
+                                yield Fact(executed, "replay", suite, cell, position, board, policy, budget, arm, needs)
+
+
+def state(fact: Fact, known: Mapping[str, tuple[Record, Path]]) -> tuple[State, str]:
+    """Whether the fact is there, and the reason where it is skipped or failed.
+
+    A fact that needs a skipped or failed one shares its fate. What was skipped because something was missing on
+    the machine is to do again once it is there.
+    """
+    if fact.name not in known:
+        for name in fact.needs:
+            if name in known and known[name][0].kind in ("skip", "fail"):
+                return _state(known[name][0], fact)
+        return "todo", ""
+    return _state(known[fact.name][0], fact)
+
+
+def _state(record: Record, fact: Fact) -> tuple[State, str]:
+    if record.kind == "fail":
+        return "fail", record.reason
+    if record.kind == "skip":
+        mended = record.facts.get("by") == "why_not" and fact.cell.backend.why_not() is None
+        return ("todo", "") if mended else ("skip", record.reason)
+    return "done", ""

@@ -1,0 +1,78 @@
+"""Finds an experiment by name or path, and reads it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from anytime.config import Experiment
+from anytime.errors import AnytimeError, UsageError, near
+from anytime.spec import key, override
+
+
+def folders() -> list[Path]:
+    """Where experiments lie: ``experiments/`` of the current folder, then that of the checkout."""
+    found = [Path.cwd() / "experiments", Path(__file__).resolve().parent.parent / "experiments"]
+    return [f for i, f in enumerate(found) if f.is_dir() and f not in found[:i]]
+
+
+def names() -> list[str]:
+    """Every experiment by name."""
+    return sorted({p.stem for f in folders() for p in f.glob("*.py") if not p.stem.startswith("_") and p.stem != "common"})
+
+
+def path_of(name: str) -> Path:
+    """The file of an experiment: a name in ``experiments/``, or a path. UsageError with the near misses."""
+    if name.endswith(".py") or "/" in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UsageError(f"there is no experiment file {name}: give a path that exists, or a name of {', '.join(names())}")
+        return path.resolve()
+    for folder in folders():
+        if (folder / f"{name}.py").is_file():
+            return folder / f"{name}.py"
+    raise UsageError(f"there is no experiment {name!r}; {near(name, names())}")
+
+
+def experiment(name: str, sets: Sequence[str] = ()) -> Experiment:
+    """Read an experiment and override its fields: "recipe.epochs=1".
+
+    An overridden experiment is another one: its name gets the key of what was said, so its records lie apart.
+    """
+    path = path_of(name)
+    found = getattr(_module(path), "EXPERIMENT", None)
+    if not isinstance(found, Experiment):
+        raise UsageError(f"{path} defines no EXPERIMENT: write EXPERIMENT = Experiment(...), as experiments/quickstart.py does")
+    if found.name != path.stem:
+        raise UsageError(f"{path} names its experiment {found.name!r}: an experiment is called as its file, {path.stem!r}")
+    plain_key = key(found)
+    for said in sets:
+        where, equals, text = said.partition("=")
+        if not equals:
+            raise UsageError(f"--set {said}: say which field and which value, as in --set recipe.epochs=1")
+        found = override(found, where.strip(), text.strip())
+    return found if key(found) == plain_key else replace(found, name=f"{found.name}-{key(found)[:6]}")
+
+
+def _module(path: Path) -> Any:
+    # An experiment may import `experiments.common` of its own tree.
+    for root in (str(path.parent), str(path.parent.parent)):
+        if root not in sys.path:
+            sys.path.append(root)
+    spec = importlib.util.spec_from_file_location(f"experiments.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except AnytimeError as error:
+        raise UsageError(f"{path}: {error}") from error
+    except Exception as error:
+        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), None)
+        line = error.lineno if isinstance(error, SyntaxError) else line
+        raise UsageError(f"{path}, line {line}: {type(error).__name__}: {error}; mend the experiment file") from error
+    return module

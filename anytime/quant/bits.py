@@ -1,0 +1,19 @@
+"""Bit widths, and the integers that a target computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+Target = Literal["u8s8", "s8s8"]  # activation and weight integers: CPU engines, TensorRT
+
+
+class Bits(NamedTuple):
+    """Bit widths that a layer multiplies."""
+
+    weight: int
+    activation: int
+
+
+FP32 = Bits(32, 32)
+BitMap = Mapping[str, Bits]  # layer path ("stages.0.0") -> bits; a path left out is FP32

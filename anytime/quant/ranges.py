@@ -1,0 +1,192 @@
+"""From what was seen of a tensor to the range that its integers cover."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anytime.errors import Unsupported
+from anytime.metrics import Floats
+
+Observer = Literal["minmax", "percentile", "mse", "entropy"]
+BINS = 2048  # TensorRT's
+
+
+class Grid(NamedTuple):
+    """Integers qmin..qmax; real = scale * (q - zero_point)."""
+
+    scale: float
+    zero_point: int
+    qmin: int
+    qmax: int
+
+
+class Histogram:
+    """What calibration saw of one tensor: exact extremes, then 2,048 bins of x and of |x|.
+
+    Filled in two passes over the same samples, so the bins never depend on the order of the batches.
+    """
+
+    def __init__(self) -> None:
+        self.low, self.high = np.inf, -np.inf
+        self.counts = np.zeros(BINS)  # over [low, high]
+        self.abs_counts = np.zeros(BINS)  # over [0, max(|low|, |high|)]
+
+    def see_extremes(self, x: Tensor) -> None:
+        """First pass. Unsupported on NaN or infinity."""
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise Unsupported("calibration met NaN or infinity in an activation: the float network is broken on its calibration images")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def see_values(self, x: Tensor) -> None:
+        """Second pass."""
+        x = x.detach().float().flatten()
+        if self.high > self.low:
+            self.counts += torch.histc(x, BINS, self.low, self.high).numpy()
+        if self.amax > 0:
+            self.abs_counts += torch.histc(x.abs(), BINS, 0.0, self.amax).numpy()
+
+    @property
+    def amax(self) -> float:
+        """Largest |x|."""
+        return max(abs(self.low), abs(self.high))
+
+    @property
+    def centres(self) -> Floats:
+        """Middle of each bin of ``counts``."""
+        edges = np.linspace(self.low, self.high, BINS + 1)
+        return np.asarray((edges[:-1] + edges[1:]) / 2)
+
+
+def affine(low: float, high: float, bits: int) -> Grid:
+    """Unsigned grid over [low, high], stretched so that 0 is an integer exactly (padding needs it)."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    qmax = 2**bits - 1
+    if high == low:
+        return Grid(1.0, 0, 0, qmax)  # nothing but zeros was seen
+    scale = (high - low) / qmax
+    return Grid(scale, int(np.clip(np.rint(-low / scale), 0, qmax)), 0, qmax)
+
+
+def symmetric(amax: float, bits: int, narrow: bool) -> Grid:
+    """Signed grid with zero point 0; ``narrow`` leaves out the lowest integer (weights), TensorRT's activations do not."""
+    qmax = 2 ** (bits - 1) - 1
+    return Grid(amax / qmax if amax > 0 else 1.0, 0, -qmax if narrow else -qmax - 1, qmax)
+
+
+def activation_grid(h: Histogram, observer: Observer, bits: int, signed: bool, percentile: float = 99.99) -> Grid:
+    """Per-tensor grid: affine unsigned (CPU engines), or symmetric signed (TensorRT).
+
+    minmax; percentile: both tails in the affine case, |x| in the symmetric; mse: the shrunk range with the
+    least squared error on the histogram; entropy: TensorRT's search on |x|, cut to the range seen.
+    Source: Jacob et al. 2018 (affine), NVIDIA GTC 2017 S7310 (entropy), ``reference/quantization.md`` section c.
+    """
+    if not np.isfinite(h.amax):
+        raise Unsupported("an activation was never seen: calibration needs at least one sample")
+    if observer == "percentile":
+        low, high = _tails(h, percentile)
+        amax = _edge(h.abs_counts, percentile / 100, 0.0, h.amax)
+    elif observer == "entropy":
+        levels = 2**bits if h.low >= 0 and not signed else 2 ** (bits - 1)
+        amax = entropy_amax(h.abs_counts, h.amax, levels)
+        low, high = max(h.low, -amax), min(h.high, amax)
+    else:
+        low, high, amax = h.low, h.high, h.amax
+    if observer != "mse":
+        return symmetric(amax, bits, narrow=False) if signed else affine(low, high, bits)
+    grids = [symmetric(s * amax, bits, False) if signed else affine(s * low, s * high, bits) for s in SHRINK]
+    errors = [_squared_error(h.centres, h.counts, g) for g in grids]
+    return grids[int(np.argmin(errors))]
+
+
+SHRINK = np.linspace(1.0, 0.2, 81)  # BRECQ's grid of 1 % steps
+
+
+def _squared_error(values: Floats, counts: Floats, g: Grid) -> float:
+    q = np.clip(np.rint(values / g.scale) + g.zero_point, g.qmin, g.qmax)
+    return float((counts * ((q - g.zero_point) * g.scale - values) ** 2).sum())
+
+
+def _edge(counts: Floats, share: float, low: float, high: float) -> float:
+    """Smallest bin edge under which at least ``share`` of the mass lies."""
+    total = counts.sum()
+    if total == 0:
+        return high
+    i = int(np.searchsorted(np.cumsum(counts), share * total))
+    return low + (high - low) * (min(i, len(counts) - 1) + 1) / len(counts)
+
+
+def _tails(h: Histogram, percentile: float) -> tuple[float, float]:
+    high = _edge(h.counts, percentile / 100, h.low, h.high)
+    low = -_edge(h.counts[::-1], percentile / 100, -h.high, -h.low)
+    return low, high
+
+
+def entropy_amax(counts: Floats, amax: float, levels: int) -> float:
+    """|x| at which to saturate: the cut whose quantized distribution is nearest to the clipped one.
+
+    ``counts`` are 2,048 bins over [0, amax]. For every cut i: P is the first i bins with the tail added to the
+    last; Q spreads each of ``levels`` groups evenly over its non-empty bins; the least KL(P || Q) wins, the last
+    of equals, as NVIDIA's procedure does (the first bin is a copy of the second, so that zeros do not rule).
+    Source: Migacz, "8-bit Inference with TensorRT", GTC 2017, S7310, pages 38-42.
+    """
+    bins = counts.astype(np.float64).copy()
+    if bins.sum() == 0:
+        return amax
+    bins[0] = bins[1]
+    best, best_i = np.inf, len(bins)
+    for i in range(levels, len(bins) + 1):
+        p = bins[:i].copy()
+        q = _spread(p, levels)
+        p[-1] += bins[i:].sum()
+        divergence = _kl(p, q)
+        if divergence <= best:
+            best, best_i = divergence, i
+    return amax * best_i / len(bins)
+
+
+def _spread(p: Floats, levels: int) -> Floats:
+    group = np.minimum(np.arange(len(p)) * levels // len(p), levels - 1)
+    full = p > 0
+    mass = np.bincount(group, weights=p, minlength=levels)
+    n = np.bincount(group, weights=full, minlength=levels)
+    return np.where(full, (mass / np.maximum(n, 1))[group], 0.0)
+
+
+def _kl(p: Floats, q: Floats) -> float:
+    p_sum, q_sum = p.sum(), q.sum()
+    if p_sum == 0 or q_sum == 0:
+        return float("inf")
+    p, q = p / p_sum, q / q_sum
+    if ((p > 0) & (q == 0)).any():
+        return float("inf")
+    on = p > 0
+    return float((p[on] * np.log(p[on] / q[on])).sum())
+
+
+def weight_scales(w: Tensor, bits: int, observer: Observer) -> Tensor:
+    """Symmetric per-output-channel scales [O] for weights [O, ...]; an all-zero channel gets scale 1.
+
+    minmax takes the channel's largest |w|; every other observer searches the least squared error over shrunk
+    ranges, since a histogram of so few weights says less than the weights themselves.
+    """
+    flat = w.detach().flatten(1)
+    if not torch.isfinite(flat).all():
+        raise Unsupported("a weight is NaN or infinite: the float network is broken")
+    qmax = 2 ** (bits - 1) - 1
+    full = flat.abs().amax(1)
+    full = torch.where(full > 0, full, torch.full_like(full, float(qmax)))
+    if observer == "minmax":
+        return full / qmax
+    best, best_error = full / qmax, torch.full_like(full, torch.inf)
+    for s in SHRINK:
+        scale = full * float(s) / qmax
+        q = (flat / scale[:, None]).round().clamp(-qmax, qmax) * scale[:, None]
+        error = (q - flat).square().sum(1)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
+    return best

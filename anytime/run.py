@@ -1,0 +1,392 @@
+"""Runs what an experiment lacks, fact by fact; what is there is never run again."""
+
+from __future__ import annotations
+
+import base64
+import io
+import traceback
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from anytime import machine
+from anytime.board import Board, Timing
+from anytime.config import Cell, Experiment, Suite
+from anytime.cost import Cost, In
+from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unsupported, UsageError, WriteError
+from anytime.facts import Fact, facts_of, measured, reference_cell, state
+from anytime.metrics import Floats, Ints, Predictions, accuracy, correct, ece, nll, take
+from anytime.policy import PathCost, Policy
+from anytime.record import Kind, Record, append, load, newest
+from anytime.spec import key, plain
+from anytime.train import Progress, silent
+from anytime.workshop import Workshop
+
+Log = Callable[[str], None]
+
+
+@dataclass
+class Runner:
+    """One run of an experiment: where its records go, and what is already there."""
+
+    exp: Experiment
+    results: Path
+    progress: Progress = silent
+    log: Log = print
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        self.shop = Workshop(self.results / "cache", self.progress)
+        self.root = self.results / "records"
+        self.known = newest(load(self.root, self.exp.name).records)
+        self.fitted: dict[str, Policy] = {}
+
+    # What is to be done ----------------------------------------------------------------------------------------
+
+    def todo(self) -> list[Fact]:
+        """Facts that are missing or have failed."""
+        return [f for f in facts_of(self.exp) if state(f, self.known)[0] in ("todo", "fail")]
+
+    def states(self) -> list[tuple[str, str]]:
+        """State and reason of every fact, now."""
+        return [state(f, self.known) for f in facts_of(self.exp)]
+
+    def forget(self) -> None:
+        """Make everything of this experiment again: nothing is known, and the cache loses what belongs to it."""
+        self.known = {}
+        for cell in self.exp.cells():
+            self.shop.drop(cell)
+
+    def run(self, jobs: int = 1) -> None:
+        """Everything that is missing: first what networks predict and policies decide, then what boards measure."""
+        todo = self.todo()
+        predicting = [f for f in todo if f.of == "eval" or (f.of == "decide" and self.exp.currency != "ms")]
+        groups: dict[str, list[Fact]] = defaultdict(list)
+        for fact in predicting:
+            c = fact.cell
+            groups[key((c.data, c.model, c.train_seed, c.seed))].append(fact)
+        if jobs > 1 and len(groups) > 1:
+            self._in_parallel(list(groups.values()), jobs)
+        else:
+            for facts in groups.values():
+                self.predict_and_decide(facts)
+        for suite in self.exp.suites:
+            for board in self.exp.boards:
+                mine = [f for f in todo if f.suite == suite and f.board == board]
+                self._measure(suite, board, [f for f in mine if f.of == "measure"])
+                for fact in mine:
+                    if fact.of == "decide":
+                        self._guarded(fact, self._decide)
+                self._replay(board, [f for f in mine if f.of == "replay"])
+            self.shop.forget()
+
+    def predict_and_decide(self, facts: Sequence[Fact]) -> None:
+        """Facts of one trained network that need no board."""
+        for fact in facts:
+            self._guarded(fact, self._eval if fact.of == "eval" else self._decide)
+
+    def _in_parallel(self, groups: list[list[Fact]], jobs: int) -> None:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            threads = max(1, torch.get_num_threads() // jobs)
+            futures = [pool.submit(_group, self.exp, self.results, facts, threads, self.debug) for facts in groups]
+            for done in as_completed(futures):
+                for line in done.result():
+                    self.log(line)
+        self.known = newest(load(self.root, self.exp.name).records)
+
+    # One fact each ---------------------------------------------------------------------------------------------
+
+    def _guarded(self, fact: Fact, work: Callable[[Fact], None]) -> None:
+        """Do it; what cannot be done becomes a skip or a fail with its sentence, and the run goes on."""
+        if any(n not in self.known or self.known[n][0].kind in ("skip", "fail") for n in fact.needs):
+            return None  # what it needs has said why
+        if reason := fact.cell.backend.why_not():
+            return self._write(fact, "skip", reason=reason, facts={"by": "why_not"})
+        try:
+            work(fact)
+        except (Unsupported, Infeasible, Leak) as error:
+            self._write(fact, "skip", reason=str(error))
+        except (WriteError, DataError, UsageError):
+            raise  # not the cell's fault, and nothing after it can go better
+        except (AnytimeError, ArithmeticError, ValueError, RuntimeError, OSError) as error:
+            if self.debug:
+                traceback.print_exc()
+            self._write(fact, "fail", reason=f"{type(error).__name__}: {error}" if not isinstance(error, AnytimeError) else str(error))
+
+    def _eval(self, fact: Fact) -> None:
+        cell = fact.cell
+        started = perf_counter()
+        predicted = self.shop.predictions(cell)
+        net, cost, test = self.shop.net(cell), self.shop.cost(cell), predicted["test"]
+        agreement = self.shop.agreement(cell, test.logits)
+        executed = net.executed(self.shop.data(cell.data, cell.seed).test.x[:1].numpy())
+        int8 = _int8_macs(cost, executed)
+        right = correct(test)
+        every = {what: cost.every(what) for what in ("macs", "bops", "params", "packed_bytes")}
+        exits = []
+        for k in range(test.n_exits):
+            exits.append(
+                {
+                    "exit": k, "n": len(test.labels), "n_right": int(right[k].sum()), "accuracy": float(right[k].mean()),
+                    "nll": nll(test.logits[k], test.labels), "ece": ece(test.logits[k], test.labels),
+                    **{what: float(values[k]) for what, values in every.items()},
+                    "activation_bytes": float(max(cost.stage.activation_bytes[: k + 1].max(), cost.head.activation_bytes[: k + 1].max())),
+                    "own_macs": cost.path((k,), k), "stage_macs": float(cost.stage.macs[k]), "head_macs": float(cost.head.macs[k]),
+                    "agreement": float(agreement[k]), "int8_macs_share": None if int8 is None else float(int8[k] / every["macs"][k]),
+                }
+            )  # fmt: skip
+        layers = [{**layer._asdict(), "executed": (executed or {}).get(layer.layer, "")} for layer in cost.layers]
+        with_files = _size_bytes(net)
+        compact = _npz(
+            argmax=test.logits.argmax(-1).astype(np.uint8 if test.logits.shape[-1] < 256 else np.uint16),
+            confidence=np.rint(_confidence(test.logits) * 255).astype(np.uint8),
+            labels=test.labels.astype(np.uint16),
+        )
+        facts = {
+            "execution": net.execution, "simulated": net.simulated, "size_bytes": with_files, "net": net.facts,
+            "trained_on": sorted(net.twin.trained_on), "ptflops_macs": self._ptflops(cell),
+            "wall_s": {**self.shop.wall_s.get(key(cell), {}), "all": perf_counter() - started},
+        }  # fmt: skip
+        self._write(fact, "eval", exits=exits, layers=layers, facts=facts, attachments={".npz": compact})
+
+    def _ptflops(self, cell: Cell) -> dict[str, float] | str:
+        """ptflops' count of the float network, per exit it cannot tell: the whole network, all heads run."""
+        parts = self.shop.data(cell.data, cell.seed)
+        return _ptflops(cell.model.build(parts.input_shape, parts.n_classes), parts.input_shape)
+
+    def _decide(self, fact: Fact) -> None:
+        assert fact.policy is not None
+        cell, exp = fact.cell, self.exp
+        predicted = self.shop.predictions(cell)
+        val, test = predicted["val"], predicted["test"]
+        cost = self.shop.cost(cell)
+        reference = self.shop.reference_cost(fact.suite, cell.seed)
+        asked_of, total = self._currency(fact, cell, cost, reference)
+        float_cell = reference_cell(cell, exp.reference_backend)
+        float_fact = replace(fact, cell=float_cell)
+        fitted = self._fit(replace(fact, cell=float_cell if fact.arm == "kept" else cell))
+        taken = fitted.exits(test.logits)
+        before = self._fit(float_fact).exits(self.shop.predictions(float_cell)["test"].logits)
+        answers = fitted.answer(test.logits, taken).argmax(-1)
+        right = answers == test.labels
+        uses = fitted.uses(test.n_exits)
+
+        def mean(what: PathCost, exits: Ints) -> float:
+            return float(np.mean([what.path(uses, int(k)) for k in exits]))
+
+        share = np.bincount(taken, minlength=test.n_exits) / len(taken)
+        int8 = self._int8_share(cell, cost, uses, share)
+        point = {
+            "policy": plain(fitted), "policy_label": fact.policy.label, "arm": fact.arm, "budget": fact.budget, "currency": exp.currency,
+            "n": len(taken), "n_right": int(right.sum()), "accuracy": float(right.mean()), "share": share.tolist(),
+            "budget_cost": fact.budget * total, "spent": mean(asked_of, taken) / total,
+            "spent_val": mean(asked_of, fitted.exits(val.logits)) / total,
+            "macs": mean(In(cost, "macs"), taken), "bops": mean(In(cost, "bops"), taken), "int8_macs_share": int8,
+            "exit_flips": None if cell == float_cell else float((taken != before).mean()),
+            "taken": base64.b64encode(zlib.compress(taken.astype(np.uint8).tobytes(), 9)).decode(),
+        }  # fmt: skip
+        self._write(fact, "decide", points=[point])
+
+    def _fit(self, fact: Fact) -> Policy:
+        """The policy fitted for this network and budget; fitted once."""
+        assert fact.policy is not None
+        name = key((fact.cell, fact.policy, fact.budget, fact.board))
+        if name not in self.fitted:
+            cost = self.shop.cost(fact.cell)
+            asked_of, total = self._currency(fact, fact.cell, cost, self.shop.reference_cost(fact.suite, fact.cell.seed))
+            val = self.shop.predictions(fact.cell)["val"]
+            self.fitted[name] = fact.policy.fit(val, asked_of, fact.budget * total)
+        return self.fitted[name]
+
+    def _currency(self, fact: Fact, cell: Cell, cost: Cost, reference: Cost) -> tuple[PathCost, float]:
+        """What a path costs in the experiment's currency, and the cost that budgets are multiples of (1 ms for ms)."""
+        if self.exp.currency == "ms":
+            assert fact.board is not None
+            timing = self.shop.timing(measured(cell, fact.board))
+            if timing is None:
+                raise Unsupported(f"a budget in ms needs {cell.backend.label} measured on {fact.board.name}, and it was not")
+            return timing, 1.0
+        return In(cost, self.exp.currency), float(reference.every(self.exp.currency)[-1])
+
+    def _int8_share(self, cell: Cell, cost: Cost, uses: tuple[int, ...], share: Floats) -> float | None:
+        record = self.known.get(key(("eval", cell)))
+        if record is None or not any(layer["executed"] for layer in record[0].layers):
+            return None
+        executed = {layer["layer"]: layer["executed"] for layer in record[0].layers}
+        part = replace(cost, layers=(), stage=_only_int8(cost, executed, False), head=_only_int8(cost, executed, True))
+        paths = range(len(share))
+        return float(
+            sum(s * part.path(uses, k) for k, s in zip(paths, share, strict=True))
+            / sum(s * cost.path(uses, k) for k, s in zip(paths, share, strict=True))
+        )
+
+    # Boards ----------------------------------------------------------------------------------------------------
+
+    def _measure(self, suite: Suite, board: Board, facts: list[Fact]) -> None:
+        """Time the networks that lack it, interleaved; those of the suite's first model too, so that a ratio is of one session."""
+        ready: list[Fact] = []
+        everyone = [f for f in facts_of(self.exp) if f.of == "measure" and f.suite == suite and f.board == board]
+        if facts:
+            facts = facts + [f for f in everyone if f.cell.model == suite.models[0] and f not in facts]
+        for fact in facts:
+            self._guarded(fact, lambda f: ready.append(f) if self._timeable(f) else None)
+        if not ready:
+            return
+        x = self._samples(ready[0].cell, self.exp.time_samples)
+        self.progress(f"measure {len(ready)} networks on {board.name}", 0, 1)
+        timings = board.time([self.shop.net(f.cell) for f in ready], x)
+        self.progress(f"measure {len(ready)} networks on {board.name}", 1, 1)
+        for fact, timing in zip(ready, timings, strict=True):
+            self.shop.keep_timing(fact.name, timing)
+            exits = [_measured(timing, k) for k in range(len(timing.stage_ms))]
+            self._write(fact, "measure", exits=exits, facts={"device": timing.facts, "launches": timing.launches})
+
+    def _timeable(self, fact: Fact) -> bool:
+        """Whether the board can time it; a skip says why not."""
+        assert fact.board is not None
+        if reason := fact.board.why_not(self.shop.net(fact.cell)):
+            self._write(fact, "skip", reason=reason)
+            return False
+        return True
+
+    def _replay(self, board: Board, facts: list[Fact]) -> None:
+        """Execute decisions, interleaved."""
+        ready: list[tuple[Fact, Policy]] = []
+        for fact in facts:
+            def check(f: Fact) -> None:
+                ready.append((f, self._fit(replace(f, board=f.board if self.exp.currency == "ms" else None))))
+
+            self._guarded(fact, check)
+        if not ready:
+            return
+        cell = ready[0][0].cell
+        x = self._samples(cell, self.exp.replay_samples)
+        self.progress(f"execute {len(ready)} decisions on {board.name}", 0, 1)
+        runs = board.run([(self.shop.net(f.cell), policy) for f, policy in ready], x)
+        self.progress(f"execute {len(ready)} decisions on {board.name}", 1, 1)
+        for (fact, policy), ran in zip(ready, runs, strict=True):
+            test = self.shop.predictions(fact.cell)["test"]
+            offline = Predictions(test.logits[:, : len(x)], test.labels[: len(x)], "test")
+            exits = policy.exits(offline.logits)
+            answers = policy.answer(offline.logits, exits).argmax(-1)
+            assert fact.policy is not None
+            point = {
+                "policy_label": fact.policy.label, "arm": fact.arm, "budget": fact.budget, "currency": self.exp.currency, "n": len(x),
+                "accuracy": float((ran.answers == offline.labels).mean()), "offline_accuracy": accuracy(offline, exits),
+                "same_exits": float((ran.exits == exits).mean()), "same_answers": float((ran.answers == answers).mean()),
+                "share": (np.bincount(ran.exits, minlength=offline.n_exits) / len(x)).tolist(),
+                **_percentiles(ran.wall_ms.ravel()), "latency_ms_mean": float(ran.wall_ms.mean()), "cpu_ms": float(ran.cpu_ms.mean()),
+            }  # fmt: skip
+            self._write(fact, "replay", points=[point], facts={"device": ran.facts, "decides": fact.needs[0]})
+
+    def _samples(self, cell: Cell, n: int) -> Floats:
+        return self.shop.data(cell.data, cell.seed).test.x[:n].numpy()
+
+    # Writing ---------------------------------------------------------------------------------------------------
+
+    def _write(
+        self, fact: Fact, kind: Kind, *, reason: str = "", facts: dict[str, Any] | None = None,
+        attachments: dict[str, bytes] | None = None, **rows: Any,
+    ) -> None:  # fmt: skip
+        cell = fact.cell
+        old = self.known.get(fact.name)
+        if kind == "skip" and old is not None and old[0].kind == "skip" and old[0].reason == reason:
+            return
+        about: dict[str, Any] = {
+            "model": cell.model.label, "dataset": cell.data.label, "backend": cell.backend.label, "column": cell.backend.column,
+            "position": fact.position, "reference": cell.backend == self.exp.reference_backend, "question": self.exp.question,
+            "versions": machine.versions(), "git": machine.commit(), "device": machine.facts(),
+        }  # fmt: skip
+        if kind in ("skip", "fail") and fact.policy is not None:
+            about |= {"policy_label": fact.policy.label, "budget": fact.budget, "arm": fact.arm}
+        record = Record(
+            self.exp.name, key(cell), kind, fact.name, plain(cell), of=fact.of, board=fact.board.name if fact.board else "",
+            reason=reason, facts=about | (facts or {}), **rows,
+        )  # fmt: skip
+        path = append(record, self.root, attachments)
+        self.known[fact.name] = (record, path)
+        if kind in ("skip", "fail"):
+            where = f" on {fact.board.name}" if fact.board else ""
+            self.log(f"{kind}: {cell.model.label}, {cell.backend.label}{where}, {fact.of}: {reason}")
+
+
+def _group(exp: Experiment, results: Path, facts: list[Fact], threads: int, debug: bool) -> list[str]:
+    """One trained network's facts, in a process of their own."""
+    torch.set_num_threads(threads)
+    lines: list[str] = []
+    Runner(exp, results, log=lines.append, debug=debug).predict_and_decide(facts)
+    return lines
+
+
+def _confidence(logits: Floats) -> Floats:
+    z = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(1 / np.exp(z).sum(-1))
+
+
+def _npz(**arrays: Any) -> bytes:
+    body = io.BytesIO()
+    np.savez_compressed(body, **arrays)
+    return body.getvalue()
+
+
+def _size_bytes(net: Any) -> int:
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        return sum(p.stat().st_size for p in net.save(Path(folder)))
+
+
+def _only_int8(cost: Cost, executed: dict[str, str], head: bool) -> Any:
+    macs = np.zeros(len(cost.stage.macs))
+    for layer in cost.layers:
+        if layer.head == head and executed.get(layer.layer) == "int8":
+            macs[layer.exit] += layer.macs
+    return (cost.head if head else cost.stage)._replace(macs=macs)
+
+
+def _int8_macs(cost: Cost, executed: dict[str, str] | None) -> Floats | None:
+    """[E]: MACs that ran in 8-bit kernels on the way to each exit; None where the engine has no profile."""
+    if executed is None:
+        return None
+    return replace(cost, stage=_only_int8(cost, executed, False), head=_only_int8(cost, executed, True)).every("macs")
+
+
+def _percentiles(ms: Floats) -> dict[str, float | None]:
+    """p90 wants 64 samples, p99 wants 662 (MLPerf's rule for 99 % at 99 % confidence): absent means too few."""
+    p50, p90, p99 = (float(p) for p in np.percentile(ms, [50, 90, 99]))
+    return {"latency_ms_p50": p50, "latency_ms_p90": p90 if len(ms) >= 64 else None, "latency_ms_p99": p99 if len(ms) >= 662 else None}
+
+
+def _measured(timing: Timing, k: int) -> dict[str, Any]:
+    whole = timing.to_exit(k)
+    return {
+        "exit": k, "n": len(whole), **_percentiles(whole), "latency_ms_mean": float(whole.mean()),
+        "cpu_ms": float(timing.to_exit(k, cpu=True).mean()), "stage_ms_p50": float(np.median(timing.stage_ms[k])),
+        "head_ms_p50": float(np.median(timing.head_ms[k])), "own_latency_ms_p50": float(np.median(timing.to_exit(k, (k,)))),
+    }  # fmt: skip
+
+
+def _ptflops(net: torch.nn.Module, shape: tuple[int, ...]) -> dict[str, float] | str:
+    """Both of ptflops' back ends; a sentence where it fails."""
+    from anytime.dataset import torchvision
+
+    try:
+        torchvision()  # ptflops imports it, and cannot without the shim
+        from ptflops import get_model_complexity_info
+
+        found = {}
+        for how in ("pytorch", "aten"):
+            macs, _ = get_model_complexity_info(net, shape, as_strings=False, print_per_layer_stat=False, backend=how)
+            found[how] = float(macs)
+        return found
+    except Exception as error:  # a peer's failure is a fact about the peer
+        return f"ptflops failed: {error}"

@@ -1,0 +1,183 @@
+"""Makes what a cell needs, and keeps it: data, trained networks, compressed ones, predictions."""
+
+from __future__ import annotations
+
+import copy
+import io
+import shutil
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter
+from typing import Literal, get_args
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from anytime.backend import Deployable, TorchNet
+from anytime.board import Timing
+from anytime.config import Cell, Suite
+from anytime.cost import Cost, account
+from anytime.dataset import Data, DatasetSpec, Part
+from anytime.metrics import Floats, Predictions
+from anytime.model import AnytimeModel, ModelSpec
+from anytime.models.static import Static
+from anytime.spec import key
+from anytime.train import Progress, Recipe, Trainer, silent, write_atomically
+
+Predicted = Literal["tune", "val", "hold", "test"]
+PREDICTED: tuple[Predicted, ...] = get_args(Predicted)
+
+
+class Workshop:
+    """Everything expensive, made once.
+
+    ``cache`` holds what can be made again: trainings (with a checkpoint per epoch), predictions, raw times.
+    A finished or interrupted training is found there by key.
+    """
+
+    def __init__(self, cache: Path, progress: Progress = silent) -> None:
+        self.cache, self.progress = cache, progress
+        self.wall_s: dict[str, dict[str, float]] = {}  # cell key -> step -> seconds
+        self._nets: dict[str, Deployable] = {}
+
+    def data(self, spec: DatasetSpec, seed: int) -> Data:
+        """The six parts."""
+        return _loaded(spec, seed)
+
+    def trained(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> AnytimeModel:
+        """The float network of a cell, from the cache or trained now.
+
+        With ``recipe.start`` "static" every network of a suite begins from the same weights: those of the network
+        without exits, trained by the recipe from scratch; so the static twin too is trained twice as long.
+        """
+        parts = self.data(data, seed)
+        torch.manual_seed(train_seed * 1000)
+        net = model.build(parts.input_shape, parts.n_classes)
+        if recipe.start == "static":
+            trunk = model if isinstance(model, Static) else Static(model)
+            base = self.trained(data, trunk, replace(recipe, start="scratch"), train_seed, seed)
+            _inherit(net, base)
+        return self.trainer(data, model, recipe, train_seed, seed).fit(net)
+
+    def trainer(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> Trainer:
+        """The trainer of a cell; its key names the training."""
+        parts = self.data(data, seed)
+        name = key(("training", data, model, recipe, train_seed, seed))
+
+        def say(what: str, done: int, total: int) -> None:
+            self.progress(f"train {model.label} on {data.label}" + ("" if what == "base" else " again"), done, total)
+
+        return Trainer(recipe, parts.train, train_seed, parts.augment, self.cache / "trained", name, say)
+
+    def net(self, cell: Cell) -> Deployable:
+        """The compressed network of a cell; kept while the workshop lives."""
+        name = key(cell)
+        if name not in self._nets:
+            parts = self.data(cell.data, cell.seed)
+            t0 = perf_counter()
+            model = self.trained(cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed)
+            t1 = perf_counter()
+            trainer = self.trainer(cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed)
+            self._nets[name] = cell.backend.compress(model, parts.calib, trainer)
+            self.wall_s[name] = {"train": t1 - t0, "compress": perf_counter() - t1}
+        return self._nets[name]
+
+    def forget(self) -> None:
+        """Let go of the networks."""
+        self._nets.clear()
+
+    def predictions(self, cell: Cell) -> dict[Predicted, Predictions]:
+        """What the cell's network says about tune, val, hold and test; predicted once."""
+        path = self.cache / "predictions" / f"{key(cell)}.npz"
+        parts = self.data(cell.data, cell.seed)
+        held = _read_arrays(path)
+        if held is None or "trained_on" not in held:
+            net = self.net(cell)
+            t0 = perf_counter()
+            held = {"trained_on": np.array(sorted(net.twin.trained_on), dtype=np.str_)}
+            for i, name in enumerate(PREDICTED):
+                self.progress(f"predict {name} with {cell.model.label} {cell.backend.label}", i, len(PREDICTED))
+                held[name] = net.predict(getattr(parts, name).x.numpy())
+            self.wall_s.setdefault(key(cell), {})["predict"] = perf_counter() - t0
+            _write_arrays(path, held)
+        seen = frozenset(str(s) for s in held["trained_on"])
+        return {name: _predictions(held[name], getattr(parts, name), seen) for name in PREDICTED}
+
+    def agreement(self, cell: Cell, predicted: Floats) -> Floats:
+        """[E]: share of test samples on which the engine and its twin say the same class."""
+        net = self.net(cell)
+        if isinstance(net, TorchNet):
+            return np.ones(net.n_exits)
+        twin = TorchNet(net.twin, net.bits, simulated=True).predict(self.data(cell.data, cell.seed).test.x.numpy())
+        return np.asarray((twin.argmax(-1) == predicted.argmax(-1)).mean(1))
+
+    def cost(self, cell: Cell) -> Cost:
+        """Counted on the cell's network."""
+        return account(self.net(cell), self.data(cell.data, cell.seed).input_shape)
+
+    def reference_cost(self, suite: Suite, seed: int) -> Cost:
+        """In FP32, of the suite's first network, untrained: what budgets are fractions of."""
+        parts = self.data(suite.data, seed)
+        net = suite.models[0].build(parts.input_shape, parts.n_classes)
+        return account(TorchNet(net, {}, simulated=False), parts.input_shape)
+
+    def keep_timing(self, fact: str, timing: Timing) -> None:
+        """Keep raw times: records hold only their percentiles."""
+        arrays = {n: getattr(timing, n) for n in ("stage_ms", "head_ms", "stage_cpu_ms", "head_cpu_ms")}
+        _write_arrays(self.cache / "timings" / f"{fact}.npz", {**arrays, "launches": np.array(timing.launches)})
+
+    def timing(self, fact: str) -> Timing | None:
+        """Raw times that were kept, or None."""
+        held = _read_arrays(self.cache / "timings" / f"{fact}.npz")
+        if held is None:
+            return None
+        return Timing(held["stage_ms"], held["head_ms"], held["stage_cpu_ms"], held["head_cpu_ms"], int(held["launches"]), {})
+
+    def drop(self, cell: Cell) -> None:
+        """Forget what the cache holds of a cell, so that it is made again."""
+        names = {key(("training", cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed))}
+        if cell.recipe.start == "static":
+            trunk = cell.model if isinstance(cell.model, Static) else Static(cell.model)
+            names.add(key(("training", cell.data, trunk, replace(cell.recipe, start="scratch"), cell.train_seed, cell.seed)))
+        for name in names:
+            for folder in (self.cache / "trained").glob(f"{name}-*"):
+                shutil.rmtree(folder)
+        (self.cache / "predictions" / f"{key(cell)}.npz").unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=4)
+def _loaded(spec: DatasetSpec, seed: int) -> Data:
+    return spec.load(seed)
+
+
+def _inherit(net: AnytimeModel, base: AnytimeModel) -> None:
+    """Take the trunk's weights from the same network without exits (models/static.py)."""
+    if base.n_exits == net.n_exits == 1:
+        net.load_state_dict(copy.deepcopy(base.state_dict()))
+    else:
+        trunk = base.stages[0]
+        for k, stage in enumerate(net.stages):
+            stage.load_state_dict(copy.deepcopy(trunk[k].state_dict()))  # type: ignore[index]
+        net.heads[-1].load_state_dict(copy.deepcopy(base.heads[0].state_dict()))
+    net.trained_on = base.trained_on
+
+
+def _predictions(logits: Floats, part: Part, trained_on: frozenset[str]) -> Predictions:
+    return Predictions(logits, part.y.numpy(), part.name, part.sources, trained_on)
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:  # type: ignore[type-arg]
+    body = io.BytesIO()
+    np.savez(body, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, body.getvalue())
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:  # type: ignore[type-arg]
+    """What ``_write_arrays`` wrote; None when it is absent or unreadable: it is only a cache, and made again."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return dict(f)
+    except (OSError, ValueError, BadZipFile):
+        return None

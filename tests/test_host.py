@@ -1,0 +1,515 @@
+"""The host's stopwatch: what it times, in which order, and how its processes end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anytime import cpu
+from anytime.backend import Deployable, Segment, TorchNet
+from anytime.board import Replayed, Timing
+from anytime.boards import host
+from anytime.boards.host import Host
+from anytime.errors import AnytimeError, UsageError
+from anytime.metrics import Floats
+from anytime.policies.fixed import Fixed
+from anytime.policy import Policy
+from tests.contracts.board import K, N, Sure, chain, network, samples, simulated, sure
+
+X = samples()
+
+# Networks that end badly; at the top of a module, so that a fresh process can import them.
+
+
+class Faulty(TorchNet):
+    """Does ``what`` in the process that times it, as soon as it is opened."""
+
+    def __init__(self, what: str, note: Path = Path()) -> None:
+        super().__init__(chain(2), {}, simulated=False)
+        self.what, self.note = what, note
+
+    def open(self, threads: int) -> None:
+        if self.what == "raise":
+            raise RuntimeError("the engine has no kernel for this")
+        if self.what == "say":
+            raise AnytimeError("this graph needs opset 13: export it again")
+        if self.what == "crash":
+            print("munmap_chunk(): invalid pointer", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.what == "leave":
+            os._exit(0)
+        if self.what == "interrupt":
+            self.note.write_text(str(os.getpid()))
+            os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(3600)
+
+
+class Closed(TorchNet):
+    """Holds what cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__(chain(2), {}, simulated=False)
+        self.session = lambda: None
+
+
+# Whole measurements, in processes of their own
+
+
+@pytest.fixture(scope="module")
+def timings() -> list[Timing]:
+    return Host(launches=2, warmup=1).time([network(2), network(3)], X)
+
+
+@pytest.fixture(scope="module")
+def jobs() -> list[tuple[Deployable, Policy]]:
+    two, three = network(2), network(3)
+    return [
+        (two, sure(two, X, (0, 1))),
+        (three, sure(three, X, (0, 1, 2), pooled=True)),
+        (three, sure(three, X, (0, 2), pooled=True)),
+        (three, Fixed(1)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def replays(jobs: list[tuple[Deployable, Policy]]) -> list[Replayed]:
+    return Host(launches=2, warmup=1).run(jobs, X)
+
+
+def test_times_every_stage_and_head_for_each_sample_and_launch(timings: list[Timing]) -> None:
+    for n_exits, timing in zip((2, 3), timings, strict=True):
+        for ms in (timing.stage_ms, timing.head_ms, timing.stage_cpu_ms, timing.head_cpu_ms):
+            assert ms.shape == (n_exits, 2 * N)
+            assert (ms > 0).all()
+        assert timing.launches == 2
+
+
+def test_paths_are_sums_of_what_was_timed(timings: list[Timing]) -> None:
+    t = timings[1]
+    np.testing.assert_allclose(t.to_exit(2, (0, 2)), t.stage_ms[0] + t.stage_ms[1] + t.stage_ms[2] + t.head_ms[0] + t.head_ms[2])
+    assert t.path((0, 2), 0) == pytest.approx(np.median(t.stage_ms[0] + t.head_ms[0]))
+
+
+def test_facts_of_a_measurement(timings: list[Timing]) -> None:
+    facts = timings[0].facts
+    wanted = {"cpu", "flags", "cores", "threads", "governor", "mhz", "memory_gb", "os", "python", "torch", "onnxruntime", "numpy"}
+    wanted |= {"pressure_avg10", "load", "pressure_us", "pressure_share", "waiting_share", "noisy", "noisy_rule"}
+    assert wanted <= facts.keys()
+    assert all(isinstance(v, str) and v for v in facts.values())
+    assert facts["torch"] == torch.__version__
+    assert (facts["launches"], facts["samples"], facts["interleaved"], facts["threads"]) == ("2", str(N), "2", "1")
+    assert facts["noisy"] in ("yes", "no")
+    assert int(facts["stopwatch_wall_ns"]) > 0 and int(facts["stopwatch_cpu_ns"]) > 0
+
+
+def test_replays_decide_and_answer_as_offline(jobs: list[tuple[Deployable, Policy]], replays: list[Replayed]) -> None:
+    for (net, policy), replay in zip(jobs, replays, strict=True):
+        logits = net.predict(X, batch=1)
+        exits = policy.exits(logits)
+        assert replay.exits.tolist() == exits.tolist()
+        assert replay.answers.tolist() == policy.answer(logits, exits).argmax(-1).tolist()
+        assert replay.wall_ms.shape == replay.cpu_ms.shape == (2, N)
+        assert (replay.wall_ms > 0).all() and (replay.cpu_ms > 0).all()
+
+
+def test_replays_in_this_test_are_of_different_kinds(replays: list[Replayed]) -> None:
+    assert [sorted(set(r.exits.tolist())) for r in replays] == [[0, 1], [0, 1, 2], [0, 2], [1]]
+
+
+# The order of things
+
+
+class Noting:
+    """Stands for a network under the stopwatch; notes every run."""
+
+    def __init__(self, name: str, log: list[tuple[str, int, bool]]) -> None:
+        self.name, self.log = name, log
+
+    def go(self, sample: Floats) -> list[int]:
+        self.log.append((self.name, int(sample[0]), gc.isenabled()))
+        return [int(sample[0])]
+
+
+def interleaved(n_samples: int, warmup: int) -> tuple[list[tuple[str, int, bool]], dict[str, Any]]:
+    log: list[tuple[str, int, bool]] = []
+    runs = [Noting(name, log) for name in "abc"]
+    return log, host._interleave(runs, [np.array([r]) for r in range(n_samples)], warmup, lambda: None)  # type: ignore[arg-type]
+
+
+def test_networks_take_turns_in_a_rotating_order() -> None:
+    log, report = interleaved(20, warmup=2)
+    assert [(name, r) for name, r, _ in log[:6]] == [(name, r) for name in "abc" for r in (0, 1)]
+    turns: list[list[Any]] = []
+    for name, r, _ in log[6:]:
+        if not turns or turns[-1][0] != name:
+            turns.append([name])
+        turns[-1].append(r)
+    # One round per 8 samples; 3 untimed runs on those before them, the last ones before the first.
+    rounds = [[17, 18, 19, *range(8)], [5, 6, 7, *range(8, 16)], [13, 14, 15, *range(16, 20)]]
+    assert turns == [[name, *rounds[i // 3]] for i, name in enumerate("abc" + "bca" + "cab")]
+    assert [r.tolist() for r in report["readings"]] == [[[r] for r in range(20)]] * 3
+
+
+def test_no_garbage_is_collected_while_timing() -> None:
+    log, _ = interleaved(9, warmup=1)
+    assert {enabled for *_, enabled in log[:3]} == {True}
+    assert {enabled for *_, enabled in log[3:]} == {False}
+    assert gc.isenabled()
+
+
+def test_more_untimed_runs_than_samples_wrap_around() -> None:
+    _, report = interleaved(1, warmup=3)
+    assert [r.tolist() for r in report["readings"]] == [[[0]]] * 3
+
+
+class Clock:
+    """Wall and CPU clocks that only the network moves."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0
+
+    def spend(self, wall: int, cpu: int) -> None:
+        self.wall, self.cpu = self.wall + wall, self.cpu + cpu
+
+
+class Ticking(Deployable):
+    """Three exits; start takes 1000 ns, stage k 10 (k + 1), a head 7; two fifths of each on the CPU. Says class k, ever surer."""
+
+    format, execution, simulated = "torch", "ticking", False
+    n_exits = 3
+
+    def __init__(self, clock: Clock, nan: bool = False) -> None:
+        self.clock, self.nan, self.calls = clock, nan, []  # type: ignore[var-annotated]
+
+    def _take(self, ns: int) -> None:
+        self.clock.spend(5 * ns, 2 * ns)
+
+    def start(self, x: Floats) -> Any:
+        self._take(1000)
+        self.calls.append("start")
+        return 0
+
+    def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
+        assert state == segment.first, "a state was handed to the wrong segment"
+        self.calls.append(tuple(segment))
+        for k in range(segment.first, segment.stop):
+            self._take(10 * (k + 1))
+        if segment.head is None:
+            return segment.stop, None
+        self._take(7)
+        logits = np.full((1, K), np.nan if self.nan else 0, np.float32)
+        logits[0, segment.head] += segment.head
+        return segment.stop, logits
+
+    def save(self, folder: Path) -> list[Path]:
+        return []
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(host, "perf_counter_ns", lambda: clock.wall)
+    monkeypatch.setattr(host, "process_time_ns", lambda: clock.cpu)
+    return clock
+
+
+def test_stage_and_head_of_each_link_are_timed_apart(clock: Clock) -> None:
+    net = Ticking(clock)
+    stages_and_heads = [1010, 7, 20, 7, 30, 7]  # the start counts to the first stage
+    assert host._Links(net).go(X[:1]) == [f * ns for ns in stages_and_heads for f in (5, 2)]
+    assert net.calls == ["start", (0, 1, None), (1, 1, 0), (1, 2, None), (2, 2, 1), (2, 3, None), (3, 3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "reads", "plan", "ns", "exit"),
+    [
+        ((0.0, 0.0), (0, 1, 2), [(0, 1, 0)], 1017, 0),
+        ((0.9, 0.0), (0, 1, 2), [(0, 1, 0), (1, 2, 1)], 1017 + 27, 1),
+        ((0.9, 0.9), (0, 1, 2), [(0, 1, 0), (1, 2, 1), (2, 3, 2)], 1017 + 27 + 37, 2),
+        ((0.9,), (0, 2), [(0, 1, 0), (1, 3, 2)], 1017 + 57, 2),
+        ((0.4,), (1, 2), [(0, 2, 1)], 1037, 1),  # of four classes, e / (e + 3) = 0.48
+        ((), (2,), [(0, 3, 2)], 1067, 2),
+    ],
+)
+def test_a_replay_runs_what_its_policy_reads_and_no_more(
+    clock: Clock, thresholds: tuple[float, ...], reads: tuple[int, ...], plan: list[tuple[int, int, int]], ns: int, exit: int
+) -> None:
+    net = Ticking(clock)
+    replay = host._Replay(net, Sure(thresholds, reads), X[:1])
+    net.calls.clear()
+    # Exit 0 is sure of nothing and says class 0; the others say their own index.
+    assert replay.go(X[:1]) == [5 * ns, 2 * ns, exit, exit]
+    assert net.calls == ["start", *plan]
+
+
+def test_exit_tests_and_the_answer_are_part_of_a_replay(clock: Clock) -> None:
+    class Slow(Sure):
+        def stop(self, logits: Floats) -> Any:
+            clock.spend(100_000, 30_000)
+            return super().stop(logits)
+
+        def answer(self, logits: Floats, exits: np.ndarray) -> Floats:
+            clock.spend(1_000_000, 500_000)
+            return super().answer(logits, exits)
+
+    readings = host._Replay(Ticking(clock), Slow((0.9, 0.9), (0, 1, 2)), X[:1]).go(X[:1])
+    assert readings[:2] == [5 * 1081 + 2 * 100_000 + 1_000_000, 2 * 1081 + 2 * 30_000 + 500_000]
+
+
+def test_an_answer_from_an_exit_that_was_not_read_is_refused(clock: Clock) -> None:
+    class Peeking(Sure):
+        def answer(self, logits: Floats, exits: np.ndarray) -> Floats:
+            return logits[-1]
+
+    replay = host._Replay(Ticking(clock), Peeking((0.0, 0.0), (0, 1, 2)), X[:1])
+    with pytest.raises(AnytimeError, match="ticking under Peeking answers at exit 1 with logits that are not finite"):
+        replay.go(X[:1])
+
+
+def test_a_network_that_says_nan_is_refused(clock: Clock) -> None:
+    with pytest.raises(AnytimeError, match="not finite"):
+        host._Replay(Ticking(clock, nan=True), Fixed(0), X[:1]).go(X[:1])
+
+
+# What the parent makes of its launches
+
+
+class Onnx(TorchNet):
+    """Says that it is for ONNX Runtime."""
+
+    format = "onnx"
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, readings: Callable[[int, Any], list[int]]) -> list[list[str]]:
+    """Replace the processes by ones whose every sample has ``readings(launch, net)``; lists the formats that each one ran."""
+    seen: list[list[str]] = []
+
+    def launch(file: Path, threads: int, who: str) -> dict[str, Any]:
+        _, _, jobs, x = host.pickle.loads(file.read_bytes())
+        seen.append([net.format for net, _ in jobs])
+        rows = [np.array([readings(len(seen), net)] * len(x)) for net, _ in jobs]
+        return {"readings": rows, "wall_ns": 1000, "cpu_ns": 990, "stalled_us": None, "stopwatch_ns": (50, 500)}
+
+    monkeypatch.setattr(host, "_launch", launch)
+    monkeypatch.setattr(host, "_cores", lambda: 4)
+    return seen
+
+
+def mixed() -> list[Deployable]:
+    return [network(2), Onnx(chain(3), {}, simulated=False), network(1)]
+
+
+@pytest.mark.parametrize(("threads", "processes"), [(1, [["torch", "onnx", "torch"]]), (2, [["torch", "torch"], ["onnx"]])])
+def test_engines_share_a_process_only_when_single_threaded(
+    monkeypatch: pytest.MonkeyPatch, threads: int, processes: list[list[str]]
+) -> None:
+    seen = launched(monkeypatch, lambda launch, net: list(range(4 * net.n_exits)))
+    timings = Host(threads=threads, launches=2).time(mixed(), X)
+    assert seen == 2 * processes
+    assert [t.stage_ms.shape for t in timings] == [(2, 2 * N), (3, 2 * N), (1, 2 * N)]
+    assert timings[1].stage_ms[:, 0].tolist() == pytest.approx([0, 4e-6, 8e-6])
+    assert timings[1].stage_cpu_ms[:, 0].tolist() == pytest.approx([1e-6, 5e-6, 9e-6])
+    assert timings[1].head_ms[:, 0].tolist() == pytest.approx([2e-6, 6e-6, 10e-6])
+    assert timings[1].head_cpu_ms[:, 0].tolist() == pytest.approx([3e-6, 7e-6, 11e-6])
+
+
+def test_launches_follow_each_other_in_the_sample_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, lambda launch, net: [launch] * 4)
+    (timing,) = Host(launches=3).time([network(1)], X)
+    assert timing.stage_ms[0].tolist() == pytest.approx([1e-6] * N + [2e-6] * N + [3e-6] * N)
+
+
+@pytest.mark.parametrize("moving", [2, 3])
+def test_exits_and_answers_must_not_differ_between_launches(monkeypatch: pytest.MonkeyPatch, moving: int) -> None:
+    launched(monkeypatch, lambda launch, net: [10, 9, *(int(i == moving and launch == 2) for i in (2, 3))])
+    with pytest.raises(AnytimeError, match=f"on {N} of {N} samples: its kernels are not deterministic"):
+        Host(launches=2).run([(network(2), Fixed(0))], X)
+
+
+# What the host refuses
+
+
+def test_refuses_simulated_networks() -> None:
+    assert "no latency" in (Host().why_not(simulated()) or "")
+    with pytest.raises(AnytimeError, match="host cannot time fake-quant: simulated arithmetic has no latency"):
+        Host().time([network(2), simulated()], X)
+
+
+def needing(*flags: str) -> TorchNet:
+    return TorchNet(chain(2), {}, simulated=False, needs=flags)
+
+
+def test_refuses_kernels_that_the_cpu_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset({"avx2", "avx512_bf16"}))
+    why = Host().why_not(needing("avx512_fp16", "amx_fp16")) or ""
+    assert "none of avx512_fp16, amx_fp16" in why and "emulation" in why
+    assert Host().why_not(needing("amx_bf16", "avx512_bf16")) is None
+
+
+def test_a_system_that_names_no_flags_is_not_trusted_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset())
+    assert "does not say" in (Host().why_not(needing("avx512_fp16")) or "")
+    assert Host().why_not(network(2)) is None
+
+
+def test_refuses_other_formats_and_missing_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Keras(TorchNet):
+        format = "keras"
+
+    assert Host().why_not(Keras(chain(1), {}, simulated=False)) == "host runs torch and onnx, not keras"
+    onnx = Onnx(chain(1), {}, simulated=False)
+    assert Host().why_not(onnx) is None
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
+    assert "pip install onnxruntime" in (Host().why_not(onnx) or "")
+
+
+def test_refuses_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_cores", lambda: 2)
+    assert Host(threads=2).why_not(network(1)) is None
+    assert "2 cores, fewer than threads=3" in (Host(threads=3).why_not(network(1)) or "")
+
+
+@pytest.mark.parametrize("field", [{"threads": 0}, {"launches": 0}, {"warmup": -1}])
+def test_refuses_settings_that_measure_nothing(field: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="use threads >= 1"):
+        Host(**field)
+
+
+def test_refuses_no_samples() -> None:
+    with pytest.raises(UsageError, match="no sample"):
+        Host().time([network(1)], X[:0])
+
+
+def test_no_network_is_no_work() -> None:
+    assert Host().time([], X) == [] and Host().run([], X) == []
+
+
+def test_says_which_state_cannot_be_handed_over() -> None:
+    with pytest.raises(AnytimeError, match="cannot be handed to a process of its own .*keep lambdas"):
+        Host().time([Closed()], X)
+
+
+def test_a_temporary_folder_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host.tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(AnytimeError, match="set TMPDIR"):
+        Host().time([network(1)], X)
+
+
+# How a process can end
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("raise", "the process that ran torch failed: RuntimeError: the engine has no kernel for this$"),
+        ("say", "failed: this graph needs opset 13: export it again$"),
+        ("crash", r"was killed by signal 11 \(Segmentation fault\): munmap_chunk\(\): invalid pointer$"),
+        ("leave", "ended without a result, without a word$"),
+    ],
+)
+def test_a_process_that_ends_badly_is_reported(what: str, sentence: str) -> None:
+    with pytest.raises(AnytimeError, match="^host, launch 1 of 3: .*" + sentence):
+        Host().time([Faulty(what)], X)
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "SILENCE_S", 0.5)
+    with pytest.raises(AnytimeError, match="gave no sign of life for 0.5 s and was ended, without a word"):
+        Host().time([Faulty("hang")], X)
+
+
+def test_a_class_that_no_process_can_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = types.ModuleType("gone_with_its_process")
+    exec("from anytime.backend import TorchNet\nclass Lost(TorchNet): pass", gone.__dict__)
+    monkeypatch.setitem(sys.modules, gone.__name__, gone)
+    with pytest.raises(AnytimeError, match="cannot import what it shall run .*gone_with_its_process.*a module of its own"):
+        Host().time([gone.Lost(chain(1), {}, simulated=False)], X)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_process(interruptible: None, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    with pytest.raises(KeyboardInterrupt):
+        Host().time([Faulty("interrupt", note)], X)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+
+
+# Noise
+
+
+@pytest.mark.parametrize(
+    ("pressure", "waiting", "said"),
+    [
+        (0.0, 0.0, "no"),
+        (0.10, 0.10, "no"),
+        (0.11, 0.0, "yes"),
+        (0.0, 0.11, "yes"),
+        (None, 0.02, "no"),
+        (None, 0.5, "yes"),
+        (0.97, None, "yes"),
+        (0.01, None, "no"),
+        (None, None, "unknown"),
+    ],
+)
+def test_noisy(pressure: float | None, waiting: float | None, said: str) -> None:
+    assert host.noisy(pressure, waiting) == said
+
+
+def test_noise_is_counted_over_all_launches() -> None:
+    launch = {"wall_ns": 10_000_000, "cpu_ns": 9_600_000, "stalled_us": 400, "stopwatch_ns": (50, 500)}
+    worse = {"wall_ns": 30_000_000, "cpu_ns": 24_400_000, "stalled_us": 3_000, "stopwatch_ns": (60, 400)}
+    facts = host._noise([launch, worse], threads=1)
+    # By hand: 3.4 of 40 ms under pressure; 34 of 40 ms on the CPU.
+    assert (facts["pressure_us"], facts["pressure_share"], facts["waiting_share"]) == ("3400", "0.085", "0.150")
+    assert (facts["stopwatch_wall_ns"], facts["stopwatch_cpu_ns"], facts["noisy"]) == ("60", "500", "yes")
+    # Several threads spend more CPU than time passes: only the pressure says anything.
+    two = host._noise([launch, worse], threads=2)
+    assert (two["waiting_share"], two["noisy"]) == ("unknown", "no")
+
+
+def test_a_system_without_proc_says_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_read", lambda path: "")
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset())
+    facts = Host().facts()
+    assert (facts["flags"], facts["governor"], facts["mhz"], facts["pressure_avg10"]) == ("unknown",) * 4
+    assert all(facts.values())
+    _, report = interleaved(2, warmup=0)
+    noise = host._noise([report], threads=2)
+    assert (noise["pressure_share"], noise["pressure_us"], noise["noisy"]) == ("unknown",) * 3
+
+
+def test_reads_the_clock_and_the_pressure_of_a_machine_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Formats: Linux Documentation/accounting/psi.rst and admin-guide/pm/cpufreq.rst (kHz).
+    files = {
+        "/proc/cpuinfo": "processor\t: 0\nmodel name\t: AMD EPYC 7763\ncpu MHz\t\t: 2450.0\n\nmodel name\t: another\n",
+        "/proc/pressure/cpu": (
+            "some avg10=12.50 avg60=3.84 avg300=2.52 total=17933155\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7"
+        ),
+        "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "performance",
+        "/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000",
+    }
+    monkeypatch.setattr(host, "_read", lambda path: files.get(path, ""))
+    facts = Host().facts()
+    assert (facts["cpu"], facts["governor"], facts["mhz"]) == ("AMD EPYC 7763", "performance", "1500")
+    assert facts["pressure_avg10"] == "12.50"
+    assert host._stalled_us() == 17933155
+    del files["/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"]
+    assert Host().facts()["mhz"] == "2450.0"
