@@ -15,7 +15,9 @@ FORMATS = ("md", "csv", "tex")
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of every command."""
-    top = argparse.ArgumentParser(prog="anytime", description="Anytime networks under compression: one experiment, one honest table.")
+    top = argparse.ArgumentParser(
+        prog="anytime", description="Anytime networks under compression: one experiment, one honest table."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("run", "run what an experiment lacks, then write and print its table"),
@@ -31,9 +33,13 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--yes", action="store_true", help="delete")
             continue
         command.add_argument("experiment", metavar="EXP", help="a name in experiments/, or the path of your own file")
-        command.add_argument("--set", action="append", default=[], metavar="a.b=v", dest="sets", help="override a field; may be repeated")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="a.b=v", dest="sets", help="override a field; may be repeated"
+        )
         if name in ("run", "report"):
-            command.add_argument("--format", default="md,csv,tex", metavar="F", help=f"of {', '.join(FORMATS)}; several with commas")
+            command.add_argument(
+                "--format", default="md,csv,tex", metavar="F", help=f"of {', '.join(FORMATS)}; several with commas"
+            )
         if name == "run":
             command.add_argument("--force", action="store_true", help="run finished work again")
             command.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that train and predict side by side")
@@ -51,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"anytime: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nanytime: interrupted; nothing that was finished is lost, the same command goes on where this one stopped", file=sys.stderr)
+        print(
+            "\nanytime: interrupted; nothing that was finished is lost, the same command goes on where this one stopped",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         return 1

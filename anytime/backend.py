@@ -25,6 +25,7 @@ from anytime.quant.graph import Quantized
 from anytime.spec import Spec
 from anytime.train import Trainer
 
+
 class Deployable(ABC):
     """A network in the form that a board runs. It can be pickled: boards start processes of their own."""
 
@@ -128,7 +129,7 @@ def fake_quant_net(net: Quantized, target: Target) -> TorchNet:
 
 
 def integer_column(bits: Bits, method: str) -> str:
-    """"INT8 PTQ" when weights and activations share a width, else "W4A8 PTQ"."""
+    """ "INT8 PTQ" when weights and activations share a width, else "W4A8 PTQ"."""
     return f"INT{bits.weight} {method}" if bits.weight == bits.activation else f"W{bits.weight}A{bits.activation} {method}"
 
 

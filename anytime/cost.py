@@ -157,13 +157,17 @@ def _count(
             width = bits.weight if which == "weight" and name in net.bits else p.element_size() * 8
             packed += p.numel() * width / 8
     activation = max((n * net.bits.get(name, FP32).activation / 8 for name, n in sizes.items()), default=0.0)
-    return after, layers, {
-        "macs": float(total),
-        "bops": float(sum(layer.bops for layer in layers)),
-        "params": float(sum(p.numel() for p in _unique(module.parameters()))),
-        "packed_bytes": packed,
-        "activation_bytes": activation,
-    }
+    return (
+        after,
+        layers,
+        {
+            "macs": float(total),
+            "bops": float(sum(layer.bops for layer in layers)),
+            "params": float(sum(p.numel() for p in _unique(module.parameters()))),
+            "packed_bytes": packed,
+            "activation_bytes": activation,
+        },
+    )
 
 
 class _Holder(nn.Module):

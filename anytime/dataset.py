@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -126,13 +126,15 @@ class DatasetSpec(Spec, ABC):
         _check(raw, type(self).__name__)
         published = digest(raw.x_train, raw.y_train)  # of the whole set: what imported weights say that they have seen
         raw = self._limited(raw)
-        parts = draw(raw.y_train, {"calib": self.calib, "tune": self.tune, "val": self.val, "hold": self.hold}, seed, type(self).__name__)
+        parts = draw(
+            raw.y_train, {"calib": self.calib, "tune": self.tune, "val": self.val, "hold": self.hold}, seed, type(self).__name__
+        )
 
         def part(name: PartName, x: NDArray[Any], y: NDArray[Any], origins: frozenset[str] = frozenset()) -> Part:
             return Part(normalise(x, self.preprocessing), torch.from_numpy(y.astype(np.int64)), name, digest(x, y), origins)
 
         drawn: dict[str, Part] = {
-            name: part(name, raw.x_train[i], raw.y_train[i], frozenset({published})) for name, i in parts.items()  # type: ignore[arg-type]
+            name: part(cast(PartName, name), raw.x_train[i], raw.y_train[i], frozenset({published})) for name, i in parts.items()
         }
         test = part("test", raw.x_test, raw.y_test)
         return Data(
@@ -274,7 +276,9 @@ _KEEP: list[Any] = []
 def _check(raw: Raw, name: str) -> None:
     for which, x, y in (("training", raw.x_train, raw.y_train), ("test", raw.x_test, raw.y_test)):
         if len(x) == 0 or len(x) != len(y):
-            raise DataError(f"{name}: the {which} set has {len(x)} samples and {len(y)} labels; both must be equal and more than 0")
+            raise DataError(
+                f"{name}: the {which} set has {len(x)} samples and {len(y)} labels; both must be equal and more than 0"
+            )
         if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
             n = int(np.argwhere(~np.isfinite(x))[0][0])
             raise DataError(f"{name}: {which} sample {n} holds NaN or infinity; remove or repair it")
@@ -284,5 +288,3 @@ def _check(raw: Raw, name: str) -> None:
             raise DataError(f"{name}: label {int(y[n])} of {which} sample {n} is not in 0..{len(raw.classes) - 1}")
     if len(raw.classes) < 2 or len(np.unique(raw.y_train)) < 2:
         raise DataError(f"{name}: its training set has one class; a classifier needs at least two")
-
-

@@ -69,7 +69,7 @@ def facts_of(exp: Experiment) -> Iterator[Fact]:
                     asked = (cell, policy, budget, exp.currency, suite.models[0], exp.reference_backend, place)
                     for arm in arms:
                         name = key(("decide", *asked, arm))
-                        needs = (predicts, measured(cell, place)) if place else (predicts,)
+                        needs: tuple[str, ...] = (predicts, measured(cell, place)) if place else (predicts,)
                         yield Fact(name, "decide", suite, cell, position, place, policy, budget, arm, needs)
                         for board in exp.boards if arm == "refitted" else ():
                             if place in (None, board):

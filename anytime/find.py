@@ -60,13 +60,17 @@ def experiment(name: str, sets: Sequence[str] = ()) -> Experiment:
 
 
 def _module(path: Path) -> Any:
-    # An experiment may import `experiments.common` of its own tree.
+    # An experiment may import `experiments.common` of its own tree, and other processes get its classes by module name.
     for root in (str(path.parent), str(path.parent.parent)):
         if root not in sys.path:
             sys.path.append(root)
-    spec = importlib.util.spec_from_file_location(f"experiments.{path.stem}", path)
+    name, other = path.stem, sys.modules.get(path.stem)
+    if other is not None and getattr(other, "__file__", None) != str(path):
+        raise UsageError(f"{path} is called as the Python module {name!r}, which is in use: give the experiment another name")
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except AnytimeError as error:

@@ -26,16 +26,22 @@ def listing(exp: Experiment, results: Path) -> str:
     left: list[float | None] = []
     for fact in facts_of(exp):
         what, reason = state(fact, known)
-        line = (fact.cell.data.label, fact.cell.model.label, fact.cell.backend.label, f"seed {fact.cell.train_seed}", fact.of)
+        line: tuple[str, ...] = (
+            fact.cell.data.label,
+            fact.cell.model.label,
+            fact.cell.backend.label,
+            f"seed {fact.cell.train_seed}",
+            fact.of,
+        )
         rows[line][what] += 1
         if reason:
             reasons[line] = reason
         if what in ("todo", "fail"):
             left.append(_estimate(fact, took))
     lines = [exp.question, ""]
-    for line, counts in rows.items():
+    for name, counts in rows.items():
         said = ", ".join(f"{n} {what}" if n > 1 else what for what, n in sorted(counts.items()))
-        lines.append(f"{'  '.join(line):<78} {said}" + (f": {reasons[line]}" if line in reasons else ""))
+        lines.append(f"{'  '.join(name):<78} {said}" + (f": {reasons[name]}" if name in reasons else ""))
     total = Counter(what for counts in rows.values() for what in counts.elements())
     known_s = sum(s for s in left if s is not None)
     unknown = sum(s is None for s in left)

@@ -39,7 +39,9 @@ def commit() -> dict[str, Any]:
     here = Path(__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", ":(exclude)results"))}
@@ -50,7 +52,13 @@ def commit() -> dict[str, Any]:
 @lru_cache
 def facts() -> dict[str, Any]:
     """The host that predicted: processor, cores, threads. Boards say more of themselves."""
-    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.platform(), "python": sys.executable.rsplit(os.sep, 1)[-1]}
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": sys.executable.rsplit(os.sep, 1)[-1],
+    }
 
 
 def _cpu_model() -> str:

@@ -61,14 +61,18 @@ def append(record: Record, root: Path, attachments: dict[str, bytes] | None = No
     try:
         body = json.dumps({**asdict(record), "created": created}, indent=1, sort_keys=True, allow_nan=False)
     except ValueError as error:
-        raise AnytimeError(f"a {record.kind} record of cell {record.cell} holds NaN or infinity: that is a failure, not a number") from error
+        raise AnytimeError(
+            f"a {record.kind} record of cell {record.cell} holds NaN or infinity: that is a failure, not a number"
+        ) from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, content in (attachments or {}).items():
             _publish(content, folder / (stem + suffix))
         return _publish(body.encode(), folder / f"{stem}.json")
     except OSError as error:
-        raise WriteError(f"cannot write a record to {folder}: {error.strerror or error}; free space or change its rights, then run again") from error
+        raise WriteError(
+            f"cannot write a record to {folder}: {error.strerror or error}; free space or change its rights, then run again"
+        ) from error
 
 
 def _publish(content: bytes, final: Path) -> Path:
@@ -82,12 +86,11 @@ def _publish(content: bytes, final: Path) -> Path:
             os.link(name, final)  # raises if it exists: append-only by the file system, not by good manners
         except FileExistsError:
             raise
-        except OSError:  # FAT and some network disks have no links
-            with final.open("xb") as f:
-                f.write(content)
+        except OSError:  # FAT and some network disks have no links; no two records share a name, so nothing is overwritten
+            os.rename(name, final)
         return final
     finally:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)
 
 
 class Loaded(NamedTuple):
@@ -118,13 +121,17 @@ def read(path: Path) -> Record:
         raise CorruptFile(f"the record {path} cannot be read ({error}): remove it; what it held is run again") from error
     if not isinstance(said, dict) or said.get("kind") not in KINDS:
         raise CorruptFile(f"{path} is no record of ours: move it out of the records folder")
-    if said.get("schema", 0) > SCHEMA:
-        raise CorruptFile(f"the record {path} was written by a newer version (schema {said['schema']}, this one reads {SCHEMA}): update anytime")
-    known = {f.name for f in fields(Record)}
-    missing = {"exp", "cell", "kind", "fact", "spec"} - said.keys()
-    if missing or said.keys() - known:
-        odd = ", ".join(sorted(missing | (said.keys() - known)))
-        raise CorruptFile(f"the record {path} does not fit schema {SCHEMA} (fields: {odd}): remove it; what it held is run again")
+    if isinstance(said.get("schema"), int) and said["schema"] > SCHEMA:
+        raise CorruptFile(
+            f"the record {path} was written by a newer version (schema {said['schema']}, this one reads {SCHEMA}): update anytime"
+        )
+    types = {f.name: {"dict": dict, "list": list, "int": int}.get(str(f.type).partition("[")[0], str) for f in fields(Record)}
+    odd = {"exp", "cell", "kind", "fact", "spec"} - said.keys() | said.keys() - types.keys()
+    odd |= {name for name in said.keys() & types.keys() if not isinstance(said[name], types[name])}
+    odd |= {name for name in said.keys() - odd if types[name] is list and not all(isinstance(row, dict) for row in said[name])}
+    if odd:
+        said_odd = f"does not fit schema {SCHEMA} (fields: {', '.join(sorted(odd))})"
+        raise CorruptFile(f"the record {path} {said_odd}: remove it; what it held is run again")
     return Record(**said)
 
 

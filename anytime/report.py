@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -26,14 +27,13 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from anytime import record
-from anytime.errors import AnytimeError, UsageError, near
+from anytime.errors import UsageError, WriteError, near
 from anytime.metrics import METRICS, Bools, Interval, Metric, paired_loss, wilson
 from anytime.record import Record
 
 Row = dict[str, Any]
-Right = Callable[["_Network", int], Bools | None]  # (network, train seed) -> whether its answers are right [N]
 NAN = math.nan
-FORMATS = ("md", "csv", "tex", "svg")
+FORMATS = ("md", "csv", "tex")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -44,21 +44,21 @@ COLUMNS = _names(
     "exp model dataset backend execution policy arm budget board train_seeds n accuracy accuracy_lo accuracy_hi macs bops params "
     "size_bytes latency_ms_p50 latency_ms_p90 latency_ms_p99 cpu_ms speedup speedup_over agreement int8_macs_share status reason "
     "column exit currency spent spent_val loss loss_lo loss_hi loss_upper ece nll exit_flips exit_shares packed_bytes "
-    "activation_bytes own_macs own_latency_ms_p50 latency_ms_mean latency_ms_spread n_sessions n_replayed same_exits "
+    "activation_bytes own_macs own_latency_ms_p50 latency_ms_mean latency_ms_spread n_sessions n_timed same_exits "
     "same_answers front simulated noisy reference of seed variant cell exclusions"
 )
 _WORDS = _names(
     "exp model dataset backend execution policy arm board train_seeds speedup_over status reason column currency exit_shares of "
     "variant cell exclusions"
 )
-_WHOLE = _names("n exit n_sessions n_replayed seed")
+_WHOLE = _names("n exit n_sessions n_timed seed")
 _TRUTH = _names("front simulated noisy reference")
 _SCORED = _names(
     "macs bops params packed_bytes activation_bytes own_macs agreement int8_macs_share ece nll spent spent_val exit_flips"
 )
 _TIMED = _names("latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_mean cpu_ms own_latency_ms_p50 same_exits same_answers")
 _CELL = _names("status reason execution simulated noisy front accuracy latency_ms_p50 size_bytes loss loss_lo loss_hi loss_upper")
-_MEASURED = "latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_spread cpu_ms speedup speedup_over reason"
+_MEASURED = "latency_ms_mean latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_spread cpu_ms speedup speedup_over reason"
 _EXITS = _names(
     "dataset network column execution policy board train_seeds accuracy macs bops params packed_bytes size_bytes agreement "
     f"int8_macs_share {_MEASURED}"
@@ -80,6 +80,7 @@ _TITLES = {
     "int8_macs_share": "MACs in INT8 (%)",
 }
 _METRICS = METRICS | {
+    "latency_ms_mean": Metric("ms", "lower", 3, "mean wall time of one sample: of a policy it says more than the median does"),
     "latency_ms_spread": Metric("ms", "lower", 3, "largest minus smallest median over repeated measurements"),
     "same_exits": Metric("%", "higher", 1, "share of executed samples that left at the exit that the policy takes offline"),
 }
@@ -93,16 +94,17 @@ PAIRED = (
     "interval, then the upper one-sided 95 % limit, which is what a claim of being within x of FP32 has to stay under."
 )
 _NEEDED = {  # what the fold cannot do without; every other key may be absent
-    "eval": ("exits", {"exit", "n", "accuracy"}),
-    "measure": ("exits", {"exit"}),
-    "decide": ("points", {"policy_label", "budget", "n", "accuracy"}),
-    "replay": ("points", {"policy_label", "budget", "n"}),
+    "eval": {"exit", "n", "accuracy"},
+    "measure": {"exit"},
+    "decide": {"policy_label", "n", "accuracy"},
+    "replay": {"policy_label"},
 }
 
 
 class _Asked(NamedTuple):
-    """What a decision was asked for; ``fitted_on`` is the board whose milliseconds it counts, else empty."""
+    """What a point answers: an exit, or a policy; ``fitted_on`` is the board whose milliseconds a budget counts, else empty."""
 
+    exit: int | None
     policy: str
     budget: float
     currency: str
@@ -112,18 +114,19 @@ class _Asked(NamedTuple):
 
 @dataclass
 class _Network:
-    """Everything known of one cell, its training seeds folded."""
+    """What is known of one cell, its training seeds folded."""
 
     spec: Row
     facts: Row = field(default_factory=dict)
     variant: str = ""
     cells: dict[int, str] = field(default_factory=dict)
-    used: list[Record] = field(default_factory=list)
-    evals: dict[int, tuple[Record, Path]] = field(default_factory=dict)
-    measures: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
-    decides: dict[_Asked, dict[int, Record]] = field(default_factory=lambda: defaultdict(dict))
-    replays: dict[_Asked, dict[str, list[Record]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    files: dict[int, Path] = field(default_factory=dict)  # train seed -> its predictions
+    scores: dict[_Asked, dict[int, Row]] = field(default_factory=lambda: defaultdict(dict))  # ... -> train seed -> point
+    times: dict[_Asked, dict[str, list[Row]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )  # ... -> board
     missed: list[Record] = field(default_factory=list)
+    used: list[Record] = field(default_factory=list)
 
     @property
     def family(self) -> str:
@@ -137,7 +140,7 @@ class _Network:
 
     def label(self, name: str) -> str:
         """The fact ``name``, else the class that the spec names."""
-        spec = self.spec.get("data" if name == "dataset" else name)
+        spec = self.spec.get({"dataset": "data", "column": "backend"}.get(name, name))
         return str(self.facts.get(name) or (spec.get("is", "") if isinstance(spec, dict) else ""))
 
     def common(self, seeds: Iterable[int]) -> Row:
@@ -146,17 +149,20 @@ class _Network:
         return {
             **{name: self.label(name) for name in ("model", "dataset", "backend", "execution", "column")},
             **{name: bool(self.facts.get(name)) for name in ("simulated", "reference")},
-            "column": self.label("column") or self.label("backend"),
             "seed": self.spec.get("seed"),
             "variant": self.variant,
             "train_seeds": ",".join(map(str, seeds)),
             "cell": ",".join(self.cells[seed] for seed in seeds),
         }
 
-    def whole(self) -> Row:
-        """What belongs to all of its files together."""
-        size = _mean(r.facts.get("size_bytes") for r, _ in self.evals.values())
-        return {"size_bytes": size, "exclusions": str((self.facts.get("net") or {}).get("exclusions", ""))}
+    def whole(self, asked: _Asked) -> Row:
+        """What belongs to all of it together; of a policy's network that is more than of an exit's."""
+        row: Row = {"size_bytes": self.facts.get("size_bytes"), "exclusions": (self.facts.get("net") or {}).get("exclusions")}
+        exits = [_score(list(points.values())) for a, points in sorted(self.scores.items(), key=_order) if a.exit is not None]
+        if asked.exit is None and exits:
+            row |= {name: exits[-1][name] for name in ("params", "packed_bytes", "activation_bytes")}
+            row["agreement"] = min(e["agreement"] for e in exits)
+        return row
 
 
 def rows(records_root: Path, exp: str) -> pd.DataFrame:
@@ -182,11 +188,12 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
     fold = _Fold(networks, troubles)
     said = [row for network in networks for row in fold.rows_of(network)]
     mark_front(said)
-    frame = pd.DataFrame([{"exp": exp, **row} for row in said], columns=COLUMNS)
-    words = {name: "object" for name in _WORDS}
+    blank = {"exp": exp} | dict.fromkeys(_WORDS[1:], "") | dict.fromkeys(_TRUTH, False)
+    frame = pd.DataFrame([blank | {k: v for k, v in row.items() if v is not None} for row in said], columns=COLUMNS)
     numbers = {name: "float64" for name in COLUMNS if name not in (*_WORDS, *_WHOLE, *_TRUTH)}
-    frame = frame.fillna({name: "" for name in _WORDS} | {name: False for name in _TRUTH})
-    frame = frame.astype(words | numbers | {name: "Int64" for name in _WHOLE} | {name: "bool" for name in _TRUTH})
+    frame = frame.astype(
+        dict.fromkeys(_WORDS, "object") | dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_TRUTH, "bool") | numbers
+    )
     # Where the checkout lies is no part of a table that is committed.
     told = sorted({trouble.replace(f"{records_root}{os.sep}", "") for trouble in troubles})
     question = next((str(n.facts["question"]) for n in networks if "question" in n.facts), "")
@@ -198,14 +205,16 @@ def mark_front(rows: Sequence[Row]) -> None:
     """Set ``front`` on the rows that are worth their cost beyond the noise.
 
     A row is on the front unless a cheaper row of the same data set and board has an accuracy interval that reaches its own
-    lower limit, or an equally cheap one an interval that lies above its own. Cost is the median latency; MACs where nothing of
-    that data set was timed. Rows that were not timed beside rows that were are neither on the front nor in its way.
+    lower limit, or an equally cheap one an interval that lies above its own. Cost is the mean latency, for a policy's median is
+    that of one of its exits (the median where no mean was recorded; MACs where nothing of that data set was timed). Rows that
+    were not timed beside rows that were are neither on the front nor in its way.
     """
     places: dict[Any, list[tuple[float, Row]]] = defaultdict(list)
     timed = {row["dataset"] for row in rows if not _absent(row.get("latency_ms_p50"))}
     for row in rows:
         row["front"] = False
-        cost = row.get("latency_ms_p50" if row["dataset"] in timed else "macs", NAN)
+        costs = ("latency_ms_mean", "latency_ms_p50") if row["dataset"] in timed else ("macs",)
+        cost = next((row[name] for name in costs if not _absent(row.get(name))), NAN)
         if not _absent(cost) and not _absent(row.get("accuracy")):
             places[row["dataset"], row["board"]].append((cost, row))
     for place in places.values():
@@ -250,10 +259,10 @@ def show(rows: pd.DataFrame, fmt: str = "text") -> str:
     The same rows give the same bytes. Raises UsageError for another format.
     """
     if fmt == "csv":
-        return rows.to_csv(index=False, float_format="%.15g", lineterminator="\n")
+        # Counts whole, all else to 12 digits: the last ones differ between processors, and tables are compared byte by byte.
+        return rows.to_csv(index=False, float_format=_digits, lineterminator="\n")
     if fmt == "text":
-        troubles = [f"{len(rows.attrs['troubles'])} records could not be read; the Markdown report names them."]
-        blocks = [*_pivots(rows, _PLAIN), *_warnings(rows), *(troubles if rows.attrs["troubles"] else [])]
+        blocks = [*_pivots(rows, _PLAIN), *_warnings(rows)]
     elif fmt == "tex":
         head = f"% {rows.attrs['exp']}: written by anytime.report; needs \\usepackage{{booktabs}}"
         blocks = [head, *_pivots(rows, _LATEX)]
@@ -265,29 +274,29 @@ def show(rows: pd.DataFrame, fmt: str = "text") -> str:
 
 
 def write(records_root: Path, exp: str, out_root: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Write tables/<exp>.md, .csv, .tex and figures/<exp>.svg under ``out_root``; the same records give the same bytes.
+    """Write tables/<exp>.<format> and figures/<exp>.svg under ``out_root``; the same records give the same bytes.
 
-    Raises UsageError for an unknown format or an experiment without records, AnytimeError when a file cannot be written.
+    Raises UsageError for an unknown format or an experiment without records, WriteError when a file cannot be written.
     """
+    from anytime import figures  # importing matplotlib takes longer than all tables
+
     if unknown := [fmt for fmt in formats if fmt not in FORMATS]:
         raise UsageError(f"there is no report format {unknown[0]!r}; {near(unknown[0], FORMATS)}")
-    frame, paths = rows(records_root, exp), []
-    for fmt in formats:
-        path = out_root / ("figures" if fmt == "svg" else "tables") / f"{exp}.{fmt}"
+    frame = rows(records_root, exp)
+    paths = [out_root / "tables" / f"{exp}.{fmt}" for fmt in formats] + [out_root / "figures" / f"{exp}.svg"]
+    for path in paths:
         temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if fmt == "svg":
-                from anytime import figures  # importing matplotlib takes longer than writing the tables
-
+            if path.suffix == ".svg":
                 figures.draw(frame, temporary)
             else:
-                temporary.write_text(show(frame, fmt), encoding="utf-8")
+                temporary.write_text(show(frame, path.suffix[1:]), encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise AnytimeError(f"cannot write {path}: {error.strerror or error}; free space or change its rights") from error
-        paths.append(path)
+            with suppress(OSError):
+                temporary.unlink()
+            raise WriteError(f"cannot write {path}: {error.strerror or error}; free space or change its rights") from error
     return paths
 
 
@@ -297,47 +306,53 @@ def write(records_root: Path, exp: str, out_root: Path, formats: Sequence[str] =
 def _networks(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[_Network]:
     newest = record.newest(records)
     networks: dict[str, _Network] = {}
-    asked_by: dict[str, _Asked] = {}
-    # Facts are merged in this order (what a skip says of its cell gives way to what its eval says), decisions before replays.
-    order = ("skip", "fail", "measure", "decide", "replay", "eval")
+    order = (
+        "skip",
+        "fail",
+        "measure",
+        "replay",
+        "decide",
+        "eval",
+    )  # what a skip says of its cell gives way to what its eval says
     for r, path in sorted(records, key=lambda item: order.index(item[0].kind)):
-        where, needed = _NEEDED.get(r.kind, ("", set()))
-        items = getattr(r, where) if where else []
-        if where and (not items or any(needed - item.keys() for item in items)):
-            said = ", ".join(sorted(needed))
-            troubles.append(f"the {r.kind} record {path} lacks {where} with {said}: remove it; what it held is run again")
+        points, needed = r.exits + r.points, _NEEDED.get(r.kind, set())
+        if needed and not (points and all(needed <= point.keys() for point in points)):
+            troubles.append(
+                f"the {r.kind} record {path} lacks {' or '.join(sorted(needed))}: remove it; what it held is run again"
+            )
             continue
-        if newest[r.fact][1] != path and r.kind not in ("measure", "replay"):  # those two are pooled
+        timed = r.kind in ("measure", "replay")
+        if newest[r.fact][1] != path and not timed:  # times are pooled
             continue
         spec = {name: value for name, value in r.spec.items() if name != "train_seed"}
-        network = networks.setdefault(_key(spec), _Network(spec))
-        seed = int(r.spec.get("train_seed", 0))
+        network, seed = networks.setdefault(_key(spec), _Network(spec)), _train_seed(r)
         position = min(r.facts.get("position", math.inf), network.facts.get("position", math.inf))
         network.facts |= {name: value for name, value in r.facts.items() if value not in (None, "")} | {"position": position}
         network.cells[seed] = r.cell
         network.used.append(r)
+        for point in points:
+            if timed:
+                network.times[_asked(r, point)][r.board].append(point | {"noisy": _noisy(r)})
+            else:
+                network.scores[_asked(r, point)][seed] = point
         if r.kind == "eval":
-            network.evals[seed] = r, path
-        elif r.kind == "measure":
-            network.measures[r.board].append(r)
-        elif r.kind == "decide":
-            asked_by[r.fact] = asked = _asked(r, r.board)
-            network.decides[asked][seed] = r
-        elif r.kind == "replay":
-            fitted_on = r.board if r.points[0].get("currency") == "ms" else ""
-            asked = asked_by.get(str(r.facts.get("decides"))) or _asked(r, fitted_on)
-            network.replays[asked][r.board].append(r)
-        else:
+            network.files[seed] = path.with_suffix(".npz")
+        if r.kind in ("skip", "fail"):
             network.missed.append(r)
     _name_variants(list(networks.values()))
     return sorted(networks.values(), key=lambda n: (n.facts["position"], n.variant, _key(n.spec)))
 
 
-def _asked(r: Record, fitted_on: str) -> _Asked:
-    said = {**r.facts, **(r.points[0] if r.points else {})}
-    budget = said.get("budget")
+def _asked(r: Record, said: Row) -> _Asked:
+    if "exit" in said:
+        return _Asked(int(said["exit"]), f"exit {said['exit'] + 1}", NAN, "", "", "")
     policy, currency, arm = (str(said.get(name) or "") for name in ("policy_label", "currency", "arm"))
-    return _Asked(policy, NAN if budget is None else float(budget), currency, arm, fitted_on)
+    budget = said.get("budget")
+    return _Asked(None, policy, NAN if budget is None else float(budget), currency, arm, r.board if currency == "ms" else "")
+
+
+def _order(item: tuple[_Asked, Any]) -> tuple[Any, ...]:
+    return (item[0].exit is None, item[0].exit or 0, *item[0][1:])
 
 
 def _name_variants(networks: Sequence[_Network]) -> None:
@@ -354,9 +369,9 @@ class _Fold:
 
     def __init__(self, networks: Sequence[_Network], troubles: list[str]) -> None:
         self.troubles = troubles
+        self.answers: dict[Path, Bools | None] = {}
         self.references: dict[tuple[str, str], _Network] = {}
         self.denominators: dict[tuple[str, str], list[tuple[str, float, str]]] = defaultdict(list)
-        self.answers: dict[Path, Bools | None] = {}
         first: dict[str, _Network] = {}
         for network in networks:
             if network.facts.get("reference"):
@@ -366,77 +381,69 @@ class _Fold:
         for network in sorted(networks, key=lambda n: n is not first.get(n.family)):
             base = first.get(network.family)
             if base and (network.model, network.label("column")) == (base.model, base.label("column")):
-                for board, records in network.measures.items():
-                    ms = _times([max(r.exits, key=lambda e: int(e["exit"])) for r in records])["latency_ms_p50"]
+                exits = sorted((item for item in network.times.items() if item[0].exit is not None), key=_order)
+                for board, points in exits[-1][1].items() if exits else ():
                     name = f"{network.label('model')} {network.label('column')}, {network.label('execution')}"
-                    self.denominators[network.family, board].append((network.label("execution"), ms, name))
+                    base_ms = _times(points)["latency_ms_p50"]
+                    self.denominators[network.family, board].append((network.label("execution"), base_ms, name))
 
     def rows_of(self, network: _Network) -> Iterator[Row]:
         """Exits, then policies, then what was skipped or failed."""
-        yield from self._exit_rows(network)
-        yield from self._policy_rows(network)
+        for asked, _ in sorted({**network.scores, **network.times}.items(), key=_order):
+            points, boards = network.scores.get(asked, {}), network.times.get(asked, {})
+            row = network.common(points or network.cells) | _told(asked) | {"status": "done"}
+            row |= _score(list(points.values())) | network.whole(asked) | self._loss(network, asked)
+            scored, timed = ("decide", "replay") if asked.exit is None else ("eval", "measure")
+            row["reason"] = "" if points else f"the {scored} record is missing"
+            for board in sorted(boards) or [asked.fitted_on]:
+                times = _times(boards.get(board, [])) | {"board": board, "of": timed if board in boards else scored}
+                yield row | times | self._speedup(network, board, times.get("latency_ms_p50"))
         missed = defaultdict(set)
         for r in network.missed:
-            missed[r.kind, r.of, r.board, " ".join(r.reason.split()), _asked(r, "")].add(int(r.spec.get("train_seed", 0)))
+            missed[r.kind, r.of, r.board, " ".join(r.reason.split()), _asked(r, r.facts)].add(_train_seed(r))
         for (kind, of, board, reason, asked), seeds in missed.items():
-            yield network.common(seeds) | _told(asked) | {"board": board, "status": kind, "of": of, "reason": reason}
+            said = {"board": board, "status": kind, "of": of, "reason": reason}
+            yield network.common(seeds) | _told(asked) | said
 
-    def _exit_rows(self, network: _Network) -> Iterator[Row]:
-        scored = {seed: _exits(r) for seed, (r, _) in network.evals.items()}
-        timed = {board: [_exits(r) for r in records] for board, records in network.measures.items()}
-        pools = [*scored.values(), *(exits for pool in timed.values() for exits in pool)]
-        for k in sorted({k for exits in pools for k in exits}):
-            points = {seed: exits[k] for seed, exits in scored.items() if k in exits}
-            row = network.common(points or network.cells) | _score(points) | network.whole()
-            row |= {"policy": f"exit {k + 1}", "exit": k}
-            right = partial(self._right_at, k=k)
-            row |= self._loss(network, right, right)
-            for board in sorted(timed) or [""]:
-                times = _times([exits[k] for exits in timed.get(board, []) if k in exits], network.measures.get(board, []))
-                yield self._done(network, row | times, board, "measure" if times else "eval", "" if points else "its eval")
+    def _speedup(self, network: _Network, board: str, ms: Any) -> Row:
+        bases = self.denominators.get((network.family, board), [])
+        bases = [base for base in bases if base[0] == network.label("execution")] or bases
+        return {} if _absent(ms) or not bases else {"speedup": bases[0][1] / ms, "speedup_over": bases[0][2]}
 
-    def _policy_rows(self, network: _Network) -> Iterator[Row]:
-        last = [max(r.exits, key=lambda e: int(e["exit"])) for r, _ in network.evals.values()]
-        whole = {name: _mean(e.get(name) for e in last) for name in ("params", "packed_bytes", "activation_bytes")}
-        agreements = [[e["agreement"] for e in r.exits if not _absent(e.get("agreement"))] for r, _ in network.evals.values()]
-        whole |= {"agreement": _mean(min(shares) for shares in agreements if shares)}
-        for asked in sorted({*network.decides, *network.replays}):
-            points = {seed: r.points[0] for seed, r in network.decides.get(asked, {}).items()}
-            row = network.common(points or network.cells) | _score(points) | whole | network.whole() | _told(asked)
-            if asked.arm != "refitted" or not network.facts.get("reference"):
-                theirs = partial(self._right_under, asked=asked._replace(arm="refitted"))
-                row |= self._loss(network, theirs, partial(self._right_under, asked=asked))
-            replays = network.replays.get(asked, {})
-            for board in sorted(replays) or [asked.fitted_on]:
-                run = [r.points[0] for r in replays.get(board, [])]
-                times = _times(run, replays.get(board, [])) | ({"n_replayed": min(p["n"] for p in run)} if run else {})
-                yield self._done(network, row | times, board, "replay" if run else "decide", "" if points else "its decide")
-
-    def _done(self, network: _Network, row: Row, board: str, of: str, lacks: str) -> Row:
-        row |= {"board": board, "status": "done", "of": of, "reason": f"{lacks} record is missing" if lacks else ""}
-        ms, over = row.get("latency_ms_p50", NAN), self.denominators.get((network.family, board), [])
-        over = [base for base in over if base[0] == network.label("execution")] or over
-        if over and not _absent(ms):
-            row |= {"speedup": over[0][1] / ms, "speedup_over": over[0][2]}
-        return row
-
-    def _loss(self, network: _Network, theirs: Right, ours: Right) -> Row:
+    def _loss(self, network: _Network, asked: _Asked) -> Row:
         reference = self.references.get((network.family, network.model))
-        if reference is None or (reference is network and theirs is ours):
+        against = asked if asked.exit is not None else asked._replace(arm="refitted")
+        if reference is None or (reference is network and against == asked):
             return {}
         losses = []
-        for seed in sorted(network.evals.keys() & reference.evals.keys()):
-            a, b = theirs(reference, seed), ours(network, seed)
-            if a is not None and b is not None and len(a) == len(b):
-                losses.append(paired_loss(a, b))
-        means = [statistics.fmean(values) for values in zip(*losses, strict=True)]
+        for seed in sorted(network.files):
+            theirs, ours = self._right(reference, against, seed), self._right(network, asked, seed)
+            if theirs is not None and ours is not None and len(theirs) == len(ours):
+                losses.append(paired_loss(theirs, ours))
+        means = map(statistics.fmean, zip(*losses, strict=True))
         return dict(zip(("loss", "loss_lo", "loss_hi", "loss_upper"), means, strict=True)) if losses else {}
 
-    def _right(self, network: _Network, seed: int) -> Bools | None:
-        """Whether each exit is right about each test sample, [E, N], from the attachment of the eval record."""
-        if seed not in network.evals:
+    def _right(self, network: _Network, asked: _Asked, seed: int) -> Bools | None:
+        """Whether it answers right, sample by sample [N]; None where that cannot be known."""
+        point = network.scores.get(asked, {}).get(seed)
+        right = self._read(network.files[seed]) if seed in network.files else None
+        if point is None or right is None:
             return None
-        path = network.evals[seed][1].with_suffix(".npz")
+        try:
+            if asked.exit is not None:
+                return np.asarray(right[asked.exit])
+            exits = np.frombuffer(zlib.decompress(base64.b64decode(point.get("taken", ""))), np.uint8)
+            answered = np.asarray(right[exits, np.arange(right.shape[1])])
+        except (ValueError, IndexError, zlib.error):
+            self.troubles.append(
+                f"{asked.policy} of cell {network.cells[seed]}: its answers cannot be read, so its loss is left out"
+            )
+            return None
+        # A policy may answer with more than the logits of the exit taken; then these are not its answers.
+        return answered if answered.sum() == point.get("n_right") else None
+
+    def _read(self, path: Path) -> Bools | None:
+        """[E, N], from what lies beside an eval record."""
         if path not in self.answers:
             try:
                 with np.load(path) as file:
@@ -446,34 +453,17 @@ class _Fold:
                 self.troubles.append(f"the predictions {path} cannot be read ({error}): paired losses of that cell are left out")
         return self.answers[path]
 
-    def _right_at(self, network: _Network, seed: int, k: int) -> Bools | None:
-        right = self._right(network, seed)
-        return None if right is None or k >= len(right) else np.asarray(right[k])
-
-    def _right_under(self, network: _Network, seed: int, asked: _Asked) -> Bools | None:
-        right, decided = self._right(network, seed), network.decides.get(asked, {}).get(seed)
-        if right is None or decided is None or not (taken := decided.points[0].get("taken")):
-            return None
-        try:
-            exits = np.frombuffer(zlib.decompress(base64.b64decode(taken)), np.uint8)
-            answered = right[exits, np.arange(right.shape[1])]
-        except (ValueError, IndexError, zlib.error) as error:
-            self.troubles.append(f"the exits of decision {decided.fact} cannot be read ({error}): its paired loss is left out")
-            return None
-        # A policy may answer with more than the logits of the exit taken; then these are not its answers.
-        return np.asarray(answered) if answered.sum() == decided.points[0].get("n_right") else None
-
 
 def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _exits(r: Record) -> dict[int, Row]:
-    return {int(e["exit"]): e for e in r.exits}
+def _train_seed(r: Record) -> int:
+    return int(r.spec.get("train_seed", 0))
 
 
 def _told(asked: _Asked) -> Row:
-    return {"policy": asked.policy, "arm": asked.arm, "budget": asked.budget, "currency": asked.currency}
+    return {name: value for name, value in asked._asdict().items() if name != "fitted_on"}
 
 
 def _absent(value: Any) -> bool:
@@ -485,15 +475,15 @@ def _mean(values: Iterable[Any]) -> float:
     return statistics.fmean(known) if known else NAN
 
 
-def _score(points: dict[int, Row]) -> Row:
+def _score(points: Sequence[Row]) -> Row:
+    """Points of one or several training seeds, folded."""
     if not points:
         return {}
-    every = list(points.values())
-    shares, n = [float(p["accuracy"]) for p in every], min(int(p["n"]) for p in every)
-    interval = over_seeds(shares) if len(shares) > 1 else wilson(int(every[0].get("n_right", round(shares[0] * n))), n)
-    taken = [p["share"] for p in every if p.get("share")]
-    row: Row = {name: _mean(p.get(name) for p in every) for name in _SCORED} | {"n": n}
-    row |= {"exit_shares": "/".join(f"{statistics.fmean(s):.3f}" for s in zip(*taken, strict=True))}
+    shares, n = [float(p["accuracy"]) for p in points], min(int(p["n"]) for p in points)
+    interval = over_seeds(shares) if len(shares) > 1 else wilson(round(shares[0] * n), n)
+    taken = zip(*(p["share"] for p in points if p.get("share")), strict=True)
+    row: Row = {name: _mean(p.get(name) for p in points) for name in _SCORED}
+    row |= {"n": n, "exit_shares": "/".join(f"{statistics.fmean(shares):.3f}" for shares in taken)}
     return row | dict(zip(("accuracy", "accuracy_lo", "accuracy_hi"), interval, strict=True))
 
 
@@ -507,14 +497,15 @@ def over_seeds(shares: Sequence[float]) -> Interval:
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
-def _times(points: Sequence[Row], records: Sequence[Record] = ()) -> Row:
+def _times(points: Sequence[Row]) -> Row:
+    """Points of one or several sessions of measuring, pooled."""
     if not points:
         return {}
-    known = {name: [float(p[name]) for p in points if not _absent(p.get(name))] for name in _TIMED}
-    row: Row = {name: statistics.median(values) if values else NAN for name, values in known.items()}
+    known = {name: [float(p[name]) for p in points if not _absent(p.get(name))] for name in ("n", *_TIMED)}
+    row: Row = {name: statistics.median(known[name]) if known[name] else NAN for name in _TIMED}
     p50s = known["latency_ms_p50"]
-    spread = max(p50s) - min(p50s) if len(p50s) > 1 else NAN
-    return row | {"latency_ms_spread": spread, "n_sessions": len(points), "noisy": any(map(_noisy, records))}
+    row |= {"latency_ms_spread": max(p50s) - min(p50s) if len(p50s) > 1 else NAN, "noisy": any(p["noisy"] for p in points)}
+    return row | {"n_sessions": len(points), "n_timed": int(min(known["n"], default=0))}
 
 
 def _provenance(networks: Sequence[_Network]) -> list[str]:
@@ -543,6 +534,10 @@ def _noisy(r: Record) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------- rows -> text
+
+
+def _digits(value: Any) -> str:
+    return f"{value:.0f}" if value == round(value) else f"{value:.12g}"
 
 
 def _dicts(rows: pd.DataFrame) -> list[Row]:
@@ -574,7 +569,7 @@ def _stand_in(said: Sequence[Row], board: str) -> dict[int, Row]:
                 exits = {k: row | {"size_bytes": final["packed_bytes"]} for k, row in exits.items()}
             rank = (bool(final["simulated"]), _absent(ms), 0.0 if _absent(ms) else float(ms))
         else:
-            exits = dict.fromkeys((-1,), next(row for row in own if row["of"] == "eval"))
+            exits = dict.fromkeys((-1,), next((row for row in own if row["of"] == "eval"), own[0]))
             rank = (True, True, math.inf)
         if exits and (not best[1] or rank < best[0]):
             best = rank, exits
@@ -607,7 +602,8 @@ def _value(name: str, row: Row, notes: list[str]) -> str:
         value, lo, hi, upper = (f"{100 * row[limit]:+.2f}" for limit in ("loss", "loss_lo", "loss_hi", "loss_upper"))
         return f"{value} [{lo}, {hi}], ≤ {upper}"
     if name in _METRICS:
-        return f"~{_say(name, row[name])}" if name.startswith("latency_ms_p") and row["noisy"] else _say(name, row[name])
+        mark = "~" if row["noisy"] and name.startswith("latency_ms_") and not _absent(row[name]) else ""
+        return mark + _say(name, row[name])
     return str(row[name])
 
 
@@ -623,7 +619,7 @@ def _table(said: Sequence[Row], names: Sequence[str], notes: list[str]) -> str:
     """A Markdown table of those columns that say anything."""
     columns = [(_title(name), [_value(name, row, notes) for row in said]) for name in names]
     told = [(title, values) for title, values in columns if any(value not in ("", "–") for value in values)]
-    return _md_table([title for title, _ in told], list(zip(*(values for _, values in told), strict=True)))
+    return _md_table([title for title, _ in told], list(zip(*(values for _, values in told), strict=True))) if told else ""
 
 
 def _notes(rows: pd.DataFrame) -> list[str]:
@@ -643,7 +639,7 @@ def _grid(table: pd.DataFrame, say: Callable[[Row, bool], str]) -> tuple[list[st
 
 
 def _cell(cell: Row, mixed: bool, notes: list[str]) -> str:
-    mark = f" [{notes.index(cell['reason']) + 1}]" if cell["reason"] and not cell["simulated"] else ""
+    mark = f" {_value('reason', cell, notes)}" if cell["reason"] else ""
     if cell["status"] != "done":
         return f"{cell['status']}{mark}"
     text = " · ".join(
@@ -672,12 +668,15 @@ def _pivots(rows: pd.DataFrame, style: _Style) -> Iterator[str]:
         yield style.between.join(map(style.line, lines))
 
 
-def _warnings(rows: pd.DataFrame) -> list[str]:
+def _warnings(rows: pd.DataFrame) -> Iterator[str]:
     done = rows[rows["status"] == "done"]
-    if done.empty:
-        return ["No cell has finished yet."]
-    n = min(seeds.count(",") + 1 for seeds in done["train_seeds"])
-    return [f"n = {n} training seed{'s' if n > 1 else ''}, fewer than 5: not told from the luck of training."] if n < 5 else []
+    n = min((seeds.count(",") + 1 for seeds in done["train_seeds"]), default=0)
+    if n == 0:
+        yield "No cell has finished yet."
+    elif n < 5:
+        yield f"n = {n} training seed{'s' if n > 1 else ''}, fewer than 5: not told from the luck of training."
+    if troubles := len(rows.attrs["troubles"]):
+        yield f"Unreadable files: {troubles}; the end of the Markdown table names them."
 
 
 def _markdown(rows: pd.DataFrame) -> list[str]:
@@ -693,9 +692,9 @@ def _markdown(rows: pd.DataFrame) -> list[str]:
         blocks += ["## Exits", _table(exits, _EXITS, notes)]
     if policies:
         blocks += ["## Policies", _table(policies, _POLICIES, notes), *_kept(policies)]
-    if missed:
-        numbered = [f"[{i}] {_MD.line(note)}" for i, note in enumerate(notes, 1)]
-        blocks += ["## Skipped and failed", _table(missed, _MISSED, notes), "  \n".join(numbered)]
+    if notes:
+        numbered = "  \n".join(f"[{i}] {note}" for i, note in enumerate(notes, 1))
+        blocks += ["## Skipped and failed", _table(missed, _MISSED, notes), numbered]
     if rows.attrs["troubles"]:
         blocks += ["## Unreadable records", "\n".join(f"- {trouble}" for trouble in rows.attrs["troubles"])]
     seeds = sorted({int(seed) for row in done for seed in row["train_seeds"].split(",")})

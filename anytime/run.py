@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from anytime.config import Cell, Experiment, Suite
 from anytime.cost import Cost, In
 from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unsupported, UsageError, WriteError
 from anytime.facts import Fact, facts_of, measured, reference_cell, state
-from anytime.metrics import Floats, Ints, Predictions, accuracy, correct, ece, nll, take
+from anytime.metrics import Floats, Predictions, accuracy, correct, ece, nll
 from anytime.policy import PathCost, Policy
 from anytime.record import Kind, Record, append, load, newest
 from anytime.spec import key, plain
@@ -49,6 +50,7 @@ class Runner:
         self.root = self.results / "records"
         self.known = newest(load(self.root, self.exp.name).records)
         self.fitted: dict[str, Policy] = {}
+        self.session = uuid4().hex[:8]  # measurements of one run, between which a ratio is fair
 
     # What is to be done ----------------------------------------------------------------------------------------
 
@@ -120,7 +122,9 @@ class Runner:
         except (AnytimeError, ArithmeticError, ValueError, RuntimeError, OSError) as error:
             if self.debug:
                 traceback.print_exc()
-            self._write(fact, "fail", reason=f"{type(error).__name__}: {error}" if not isinstance(error, AnytimeError) else str(error))
+            self._write(
+                fact, "fail", reason=f"{type(error).__name__}: {error}" if not isinstance(error, AnytimeError) else str(error)
+            )
 
     def _eval(self, fact: Fact) -> None:
         cell = fact.cell
@@ -178,19 +182,15 @@ class Runner:
         before = self._fit(float_fact).exits(self.shop.predictions(float_cell)["test"].logits)
         answers = fitted.answer(test.logits, taken).argmax(-1)
         right = answers == test.labels
-        uses = fitted.uses(test.n_exits)
-
-        def mean(what: PathCost, exits: Ints) -> float:
-            return float(np.mean([what.path(uses, int(k)) for k in exits]))
-
         share = np.bincount(taken, minlength=test.n_exits) / len(taken)
-        int8 = self._int8_share(cell, cost, uses, share)
+        int8 = self._int8_share(cell, cost, fitted.uses(test.n_exits), share)
         point = {
             "policy": plain(fitted), "policy_label": fact.policy.label, "arm": fact.arm, "budget": fact.budget, "currency": exp.currency,
             "n": len(taken), "n_right": int(right.sum()), "accuracy": float(right.mean()), "share": share.tolist(),
-            "budget_cost": fact.budget * total, "spent": mean(asked_of, taken) / total,
-            "spent_val": mean(asked_of, fitted.exits(val.logits)) / total,
-            "macs": mean(In(cost, "macs"), taken), "bops": mean(In(cost, "bops"), taken), "int8_macs_share": int8,
+            "budget_cost": fact.budget * total, "spent": fitted.spends(test.logits, asked_of) / total,
+            "spent_val": fitted.spends(val.logits, asked_of) / total,
+            "macs": fitted.spends(test.logits, In(cost, "macs")), "bops": fitted.spends(test.logits, In(cost, "bops")),
+            "int8_macs_share": int8,
             "exit_flips": None if cell == float_cell else float((taken != before).mean()),
             "taken": base64.b64encode(zlib.compress(taken.astype(np.uint8).tobytes(), 9)).decode(),
         }  # fmt: skip
@@ -204,7 +204,14 @@ class Runner:
             cost = self.shop.cost(fact.cell)
             asked_of, total = self._currency(fact, fact.cell, cost, self.shop.reference_cost(fact.suite, fact.cell.seed))
             val = self.shop.predictions(fact.cell)["val"]
-            self.fitted[name] = fact.policy.fit(val, asked_of, fact.budget * total)
+            try:
+                self.fitted[name] = fact.policy.fit(val, asked_of, fact.budget * total)
+            except Infeasible as error:  # in the user's terms: fractions of the reference, or ms
+                raise Infeasible(
+                    f"{fact.policy.label}: a budget of {fact.budget:g} lies under the cheapest path; the least possible is "
+                    f"{error.least / total:.4f} {'ms' if self.exp.currency == 'ms' else 'of the reference'}",
+                    error.least / total,
+                ) from error
         return self.fitted[name]
 
     def _currency(self, fact: Fact, cell: Cell, cost: Cost, reference: Cost) -> tuple[PathCost, float]:
@@ -248,7 +255,9 @@ class Runner:
         for fact, timing in zip(ready, timings, strict=True):
             self.shop.keep_timing(fact.name, timing)
             exits = [_measured(timing, k) for k in range(len(timing.stage_ms))]
-            self._write(fact, "measure", exits=exits, facts={"device": timing.facts, "launches": timing.launches})
+            self._write(
+                fact, "measure", exits=exits, facts={"device": timing.facts, "launches": timing.launches, "session": self.session}
+            )
 
     def _timeable(self, fact: Fact) -> bool:
         """Whether the board can time it; a skip says why not."""
@@ -262,6 +271,7 @@ class Runner:
         """Execute decisions, interleaved."""
         ready: list[tuple[Fact, Policy]] = []
         for fact in facts:
+
             def check(f: Fact) -> None:
                 ready.append((f, self._fit(replace(f, board=f.board if self.exp.currency == "ms" else None))))
 
@@ -286,7 +296,9 @@ class Runner:
                 "share": (np.bincount(ran.exits, minlength=offline.n_exits) / len(x)).tolist(),
                 **_percentiles(ran.wall_ms.ravel()), "latency_ms_mean": float(ran.wall_ms.mean()), "cpu_ms": float(ran.cpu_ms.mean()),
             }  # fmt: skip
-            self._write(fact, "replay", points=[point], facts={"device": ran.facts, "decides": fact.needs[0]})
+            self._write(
+                fact, "replay", points=[point], facts={"device": ran.facts, "decides": fact.needs[0], "session": self.session}
+            )
 
     def _samples(self, cell: Cell, n: int) -> Floats:
         return self.shop.data(cell.data, cell.seed).test.x[:n].numpy()
@@ -363,7 +375,11 @@ def _int8_macs(cost: Cost, executed: dict[str, str] | None) -> Floats | None:
 def _percentiles(ms: Floats) -> dict[str, float | None]:
     """p90 wants 64 samples, p99 wants 662 (MLPerf's rule for 99 % at 99 % confidence): absent means too few."""
     p50, p90, p99 = (float(p) for p in np.percentile(ms, [50, 90, 99]))
-    return {"latency_ms_p50": p50, "latency_ms_p90": p90 if len(ms) >= 64 else None, "latency_ms_p99": p99 if len(ms) >= 662 else None}
+    return {
+        "latency_ms_p50": p50,
+        "latency_ms_p90": p90 if len(ms) >= 64 else None,
+        "latency_ms_p99": p99 if len(ms) >= 662 else None,
+    }
 
 
 def _measured(timing: Timing, k: int) -> dict[str, Any]:

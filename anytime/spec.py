@@ -29,7 +29,8 @@ class Spec:
     def label(self) -> str:
         """The name that a table shows; the class name and the fields that are not defaults."""
         said = ", ".join(
-            f"{name}={value.label}" if isinstance(value, Spec) else f"{name}={value!r}" for name, value in _not_default(self).items()
+            f"{name}={value.label}" if isinstance(value, Spec) else f"{name}={value!r}"
+            for name, value in _not_default(self).items()
         )
         return f"{type(self).__name__}({said})" if said else type(self).__name__
 
@@ -55,7 +56,8 @@ def override(spec: T, path: str, text: str) -> T:
     has the rest of the path (at least one must). Raises UsageError for an unknown name, with the near
     misses, and for a value of a wrong type.
     """
-    return _override(spec, path.split("."), text, path)
+    new: T = _override(spec, path.split("."), text, path)
+    return new
 
 
 def _not_default(spec: Spec) -> dict[str, Any]:

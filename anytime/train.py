@@ -61,7 +61,9 @@ class Recipe(Spec):
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch < 1 or not self.lr > 0:
-            raise UsageError(f"recipe: epochs={self.epochs}, batch={self.batch}, lr={self.lr}: use epochs >= 0, batch >= 1, lr > 0")
+            raise UsageError(
+                f"recipe: epochs={self.epochs}, batch={self.batch}, lr={self.lr}: use epochs >= 0, batch >= 1, lr > 0"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"recipe: label_smoothing={self.label_smoothing} must lie in [0, 1)")
         _torch_name(torch.optim, self.optimizer, torch.optim.Optimizer, "optimizer")
@@ -125,11 +127,13 @@ class Trainer:
 def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name: str, place: Path | None) -> None:
     x, y = trainer.train.x, trainer.train.y
     layout = torch.channels_last if recipe.channels_last and x.ndim == 4 else torch.contiguous_format
-    model.to(memory_format=layout)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
     weights = recipe.exit_weights or (1.0,) * model.n_exits
     if len(weights) != model.n_exits:
         if model.n_exits != 1:
-            raise UsageError(f"recipe.exit_weights has {len(weights)} numbers for a network of {model.n_exits} exits: give one per exit, or ()")
+            raise UsageError(
+                f"recipe.exit_weights has {len(weights)} numbers for a network of {model.n_exits} exits: give one per exit, or ()"
+            )
         weights = (1.0,)
     steps = math.ceil(len(y) / recipe.batch)
     optimizer, schedule = _optimizer(model, recipe, steps)
@@ -142,7 +146,7 @@ def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name:
         torch.manual_seed(seed * 100_003 + epoch)
         draw = torch.Generator().manual_seed(seed * 100_003 + epoch)
         model.train()
-        for step, i in enumerate(torch.randperm(len(y), generator=draw).split(recipe.batch)):
+        for step, i in enumerate(torch.split(torch.randperm(len(y), generator=draw), recipe.batch)):
             batch = x[i]
             if trainer.augment is not None:
                 batch = trainer.augment(batch, draw)
@@ -271,7 +275,9 @@ def write_atomically(path: Path, body: bytes) -> None:
         os.replace(name, path)
         name = ""
     except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}; free space or change its rights, then run again") from error
+        raise WriteError(
+            f"cannot write {path}: {error.strerror or error}; free space or change its rights, then run again"
+        ) from error
     finally:
         if name:
             os.unlink(name)

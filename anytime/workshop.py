@@ -7,6 +7,7 @@ import io
 import shutil
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Literal, get_args
@@ -64,7 +65,8 @@ class Workshop:
     def trainer(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> Trainer:
         """The trainer of a cell; its key names the training."""
         parts = self.data(data, seed)
-        name = key(("training", data, model, recipe, train_seed, seed))
+        # The content too: a user's own folder may change under the same name.
+        name = key(("training", data, model, recipe, train_seed, seed, parts.train.digest))
 
         def say(what: str, done: int, total: int) -> None:
             self.progress(f"train {model.label} on {data.label}" + ("" if what == "base" else " again"), done, total)
@@ -93,10 +95,11 @@ class Workshop:
         path = self.cache / "predictions" / f"{key(cell)}.npz"
         parts = self.data(cell.data, cell.seed)
         held = _read_arrays(path)
-        if held is None or "trained_on" not in held:
+        content = np.array([getattr(parts, name).digest for name in PREDICTED])
+        if held is None or not np.array_equal(held.get("content", ""), content):
             net = self.net(cell)
             t0 = perf_counter()
-            held = {"trained_on": np.array(sorted(net.twin.trained_on), dtype=np.str_)}
+            held = {"content": content, "trained_on": np.array(sorted(net.twin.trained_on), dtype=np.str_)}
             for i, name in enumerate(PREDICTED):
                 self.progress(f"predict {name} with {cell.model.label} {cell.backend.label}", i, len(PREDICTED))
                 held[name] = net.predict(getattr(parts, name).x.numpy())
@@ -137,11 +140,10 @@ class Workshop:
 
     def drop(self, cell: Cell) -> None:
         """Forget what the cache holds of a cell, so that it is made again."""
-        names = {key(("training", cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed))}
-        if cell.recipe.start == "static":
-            trunk = cell.model if isinstance(cell.model, Static) else Static(cell.model)
-            names.add(key(("training", cell.data, trunk, replace(cell.recipe, start="scratch"), cell.train_seed, cell.seed)))
-        for name in names:
+        recipes = {cell.recipe, replace(cell.recipe, start="scratch")}
+        trunk = cell.model if isinstance(cell.model, Static) else Static(cell.model)
+        for model, recipe in product((cell.model, trunk), recipes):
+            name = self.trainer(cell.data, model, recipe, cell.train_seed, cell.seed).key
             for folder in (self.cache / "trained").glob(f"{name}-*"):
                 shutil.rmtree(folder)
         (self.cache / "predictions" / f"{key(cell)}.npz").unlink(missing_ok=True)
@@ -168,13 +170,13 @@ def _predictions(logits: Floats, part: Part, trained_on: frozenset[str]) -> Pred
     return Predictions(logits, part.y.numpy(), part.name, part.sources, trained_on)
 
 
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:  # type: ignore[type-arg]
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     body = io.BytesIO()
     np.savez(body, **arrays)  # type: ignore[arg-type]
     write_atomically(path, body.getvalue())
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:  # type: ignore[type-arg]
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     """What ``_write_arrays`` wrote; None when it is absent or unreadable: it is only a cache, and made again."""
     try:
         with np.load(path, allow_pickle=False) as f:

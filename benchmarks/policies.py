@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -66,15 +67,15 @@ def main() -> int:
     )
     for policy in (MaxProb(), Entropy()):
         thresholds = np.linspace(0, policy.largest(K), POINTS)
-        curve_s = float(np.median([timed(lambda p=policy, t=thresholds: p.curve(val, cost, t)) for _ in range(5)]))
+        curve_s = float(np.median([timed(partial(policy.curve, val, cost, thresholds)) for _ in range(5)]))
         few = thresholds[:: POINTS // PART_POINTS]
         started = perf_counter()
         counts, spent, accuracy = loop(policy, part, cost, few)
         loop_s = (perf_counter() - started) * (POINTS / len(few)) * (N / PART_N)
         curve = policy.curve(part, cost, few)
         same = curve.counts.tolist() == counts and curve.spent.tolist() == spent and curve.accuracy.tolist() == accuracy
-        fit_s = timed(lambda p=policy: p.fit(val, cost, 350.0))
-        own_s = timed(lambda p=policy: replace(p, per_exit=True).fit(val, cost, 350.0))
+        fit_s = timed(partial(policy.fit, val, cost, 350.0))
+        own_s = timed(partial(replace(policy, per_exit=True).fit, val, cost, 350.0))
         print(
             f"{policy.label:8} curve {curve_s:6.3f} s   loop {loop_s:8.0f} s   ratio {loop_s / curve_s:9,.0f}   "
             f"answers {'equal' if same else 'DIFFER'}   fit of one threshold {fit_s:.3f} s, of {E - 1}: {own_s:.2f} s"

@@ -87,12 +87,12 @@ def test_crop_without_padding_changes_nothing() -> None:
 
 
 def test_flip_mirrors_whole_images_half_of_the_time() -> None:
-    x = noise(2000, 1, 2, 3)
+    x = noise(20_000, 1, 2, 3)
     out = flip(x, seeded())
     mirrored = (out == x.flip(3)).flatten(1).all(1)
     kept = (out == x).flatten(1).all(1)
     assert (mirrored ^ kept).all()
-    assert abs(int(mirrored.sum()) - 1000) < 5 * math.sqrt(500)  # five standard deviations of a binomial
+    assert abs(int(mirrored.sum()) - 10_000) < 5 * math.sqrt(5000)  # five standard deviations of a binomial
 
 
 def still(b: int, **given: Tensor) -> dict[str, Tensor]:

@@ -705,6 +705,17 @@ def test_image_folder_with_bad_content(tmp_path: Path, harm: Callable[[Path], ob
     one_sentence(caught.value)
 
 
+def test_a_wrong_file_is_not_fetched_over(empty: Path) -> None:
+    # It may be the user's own; deleting it is for them.
+    empty.mkdir()
+    path = empty / "file"
+    path.write_bytes(b"mine")
+    fetched: list[int] = []
+    with pytest.raises(DataError, match="file is not the published file .*: delete it, then set ANYTIME_DATA"):
+        dataset.ensure_published("X", {path: hashlib.md5(b"published").hexdigest()}, lambda: fetched.append(1))
+    assert not fetched and path.read_bytes() == b"mine"
+
+
 def test_two_processes_may_unpack_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The second one must not judge files that the first is still writing.
     monkeypatch.setenv("ANYTIME_DATA", str(tmp_path))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -437,6 +439,14 @@ def test_a_class_that_no_process_can_import_is_reported(monkeypatch: pytest.Monk
         Host().time([gone.Lost(chain(1), {}, simulated=False)], X)
 
 
+def test_a_class_beside_the_users_script_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "users_own_module.py").write_text("from anytime.backend import TorchNet\nclass Mine(TorchNet): pass")
+    monkeypatch.syspath_prepend(tmp_path)  # as Python does with the folder of a script
+    mine = importlib.import_module("users_own_module").Mine(chain(1), {}, simulated=False)
+    (timing,) = Host(launches=1, warmup=0).time([mine], X)
+    assert (timing.stage_ms > 0).all()
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -450,6 +460,17 @@ def test_an_interrupt_ends_the_process(interruptible: None, tmp_path: Path) -> N
         Host().time([Faulty("interrupt", note)], X)
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)
+
+
+def test_a_process_whose_parent_is_gone_ends() -> None:
+    command = [sys.executable, "-c", "from anytime.boards.host import _pulse\nbeat = _pulse()\nwhile True: beat()"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        assert child.stdout is not None and child.stdout.read(1) == b"."
+        child.stdout.close()
+        try:
+            assert child.wait(30) != 0
+        finally:
+            child.kill()
 
 
 # Noise

@@ -21,7 +21,15 @@ from anytime.quant.graph import traced
 from anytime.quant.onnx_graph import OnnxChain
 from anytime.train import Trainer
 
-INT8_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+INT8_KERNELS = (
+    "QLinearConv",
+    "QGemm",
+    "QLinearMatMul",
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+)
 
 
 class OnnxNet(Deployable):
@@ -31,7 +39,9 @@ class OnnxNet(Deployable):
     execution = "ONNX Runtime"
     simulated = False
 
-    def __init__(self, twin: AnytimeModel, chain: AnytimeModel, bits: BitMap, input_shape: tuple[int, ...], facts: dict[str, str]) -> None:
+    def __init__(
+        self, twin: AnytimeModel, chain: AnytimeModel, bits: BitMap, input_shape: tuple[int, ...], facts: dict[str, str]
+    ) -> None:
         self.twin, self.bits, self.facts = twin, dict(bits), facts
         self._chain, self._input_shape = chain, input_shape
         self._threads = 0  # ONNX Runtime's own choice: every core
@@ -105,7 +115,10 @@ class OnnxNet(Deployable):
         options.log_severity_level = 3
         if profile:
             options.enable_profiling, options.profile_file_prefix = True, profile
-        session = onnxruntime.InferenceSession(self._graph(segment), options, providers=["CPUExecutionProvider"])
+        # Left on, this pass quantizes on its own the weights of a layer that was kept in float between two Q/DQ pairs.
+        session = onnxruntime.InferenceSession(
+            self._graph(segment), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+        )
         if session.get_providers() != ["CPUExecutionProvider"]:
             raise AnytimeError(f"ONNX Runtime chose {session.get_providers()}, not the CPU: its rows would carry the wrong name")
         return session, [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
@@ -135,6 +148,10 @@ class OnnxRuntime(Backend):
         odd = {b for b in inner.bits.values() if b != (8, 8)}
         if odd:
             said = ", ".join(sorted(f"W{b.weight}A{b.activation}" for b in odd))
-            raise Unsupported(f"ONNX Runtime's CPU kernels here are FP32 and W8A8, not {said}: score {self.of.label} without the engine")
+            raise Unsupported(
+                f"ONNX Runtime's CPU kernels here are FP32 and W8A8, not {said}: score {self.of.label} without the engine"
+            )
         chain = inner.twin if inner.bits else traced(inner.twin)
-        return OnnxNet(inner.twin, chain, inner.bits, tuple(calib.x.shape[1:]), {k: v for k, v in inner.facts.items() if k != "simulated"})
+        return OnnxNet(
+            inner.twin, chain, inner.bits, tuple(calib.x.shape[1:]), {k: v for k, v in inner.facts.items() if k != "simulated"}
+        )

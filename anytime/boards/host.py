@@ -140,6 +140,8 @@ class Host(Board):
         for net, _ in jobs:
             if reason := self.why_not(net):
                 raise AnytimeError(f"{self.name} cannot time {net.execution}: {reason}")
+        # Before the launches: they are load themselves.
+        facts = self.facts() | {"launches": str(self.launches), "warmup": str(self.warmup), "samples": str(len(x))}
         groups: dict[str, list[int]] = {}
         for i, (net, _) in enumerate(jobs):
             groups.setdefault(net.format if self.threads > 1 else "", []).append(i)
@@ -155,7 +157,6 @@ class Host(Board):
                         _launch(Path(folder) / f"jobs{group}", self.threads, f"{where}: the process that ran {what}")
                     )
         found: dict[int, tuple[NDArray[np.int64], dict[str, str]]] = {}
-        facts = self.facts() | {"launches": str(self.launches), "warmup": str(self.warmup), "samples": str(len(x))}
         for group, members in groups.items():
             measured = facts | {"interleaved": str(len(members))} | _noise(reports[group], self.threads)
             for place, i in enumerate(members):
@@ -200,9 +201,8 @@ def _noise(reports: Sequence[dict[str, Any]], threads: int) -> dict[str, str]:
     stalled = None if any(r["stalled_us"] is None for r in reports) else sum(r["stalled_us"] for r in reports)
     pressure = None if stalled is None else 1e3 * stalled / wall
     waiting = max(0.0, 1 - spent / wall) if threads == 1 else None
-    say = "unknown" if stalled is None else str(stalled)
     return {
-        "pressure_us": say,
+        "pressure_us": "unknown" if stalled is None else str(stalled),
         "pressure_share": "unknown" if pressure is None else f"{pressure:.3f}",
         "waiting_share": "unknown" if waiting is None else f"{waiting:.3f}",
         "noisy": noisy(pressure, waiting),
@@ -244,7 +244,7 @@ def _write(path: Path, *payload: Any) -> None:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise AnytimeError(
             f"host: a network or policy cannot be handed to a process of its own ({error}); keep lambdas, open sessions and "
-            "classes inside functions out of its state"
+            "classes that no module can be asked for out of its state"
         ) from error
 
 

@@ -36,8 +36,9 @@ class Threshold(Policy):
     accurate. With ``per_exit`` each exit has its own, and they are the most accurate on val that were found within
     the budget: from the shared one, every pair of exits in turn takes the best pair of quantiles of its scores
     (a budget that is used up leaves a single threshold no way to move: what one exit spends another must save),
-    until no pair gains. That is deterministic, never less accurate on val than the shared one, and no promise of the
-    global optimum.
+    until no pair gains accuracy, or saves cost at the same. That is deterministic, never less accurate on val than the
+    shared one, and no promise of the global optimum. UsageError with fewer val samples than thresholds.
+    Source: this project, both searches.
     ``thresholds`` [E-1] are fitted, midway between neighbouring scores, so that another engine's rounding flips few decisions.
     """
 

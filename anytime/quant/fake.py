@@ -25,7 +25,8 @@ class FakeQuant(nn.Module):
     def __init__(self, bits: int, signed: bool) -> None:
         super().__init__()
         self.bits, self.signed = bits, signed
-        self.qmin, self.qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        self.qmin: int = -(2 ** (bits - 1)) if signed else 0
+        self.qmax: int = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         self.register_buffer("scale", torch.tensor(float("nan")))  # NaN until calibrated
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.mode: Literal["extremes", "values", "on"] = "extremes"
@@ -57,7 +58,7 @@ class FakeQuant(nn.Module):
 class _QuantWeight(nn.Module):
     """What QConv2d and QLinear share: weights [O, ...] on a symmetric grid per output channel."""
 
-    weight: nn.Parameter
+    weight: Tensor
     weight_scale: Tensor
     weight_bits: int
     on: bool  # False while calibration watches the float network
@@ -70,7 +71,7 @@ class _QuantWeight(nn.Module):
     @property
     def weight_qmax(self) -> int:
         """Largest integer; the grid is symmetric, so -weight_qmax is the smallest."""
-        return 2 ** (self.weight_bits - 1) - 1
+        return (1 << (self.weight_bits - 1)) - 1
 
     def rounded(self) -> Tensor:
         """The weight on its grid; the weight as it is until it is calibrated."""
@@ -91,7 +92,9 @@ class QConv2d(_QuantWeight, nn.Conv2d):
 
     def __init__(self, of: nn.Conv2d, bits: int) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update({k: v for k, v in of.__dict__.items() if not k.startswith("_") or k == "_reversed_padding_repeated_twice"})
+        self.__dict__.update(
+            {k: v for k, v in of.__dict__.items() if not k.startswith("_") or k == "_reversed_padding_repeated_twice"}
+        )
         self.weight, self.bias = of.weight, of.bias
         self._take(bits)
 

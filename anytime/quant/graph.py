@@ -25,7 +25,18 @@ PASS_CALLS = (torch.flatten, F.max_pool2d, F.dropout)
 PASS_METHODS = ("flatten", "view", "reshape", "contiguous")
 ADD_CALLS = (add, torch.add)
 MULTIPLIERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
-MULTIPLYING_CALLS = (F.conv1d, F.conv2d, F.conv3d, F.linear, F.bilinear, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.einsum)
+MULTIPLYING_CALLS = (
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.linear,
+    F.bilinear,
+    torch.matmul,
+    torch.bmm,
+    torch.mm,
+    torch.addmm,
+    torch.einsum,
+)
 
 
 class LinkTracer(fx.Tracer):
@@ -125,7 +136,7 @@ class Quantized:
             layer.on = False
         for mode in ("extremes", "values"):
             for q in quantizers:
-                q.mode = mode  # type: ignore[assignment]
+                q.mode = mode
             with torch.inference_mode():
                 for i in range(0, len(x), batch):
                     self.model(x[i : i + batch])
@@ -209,7 +220,9 @@ def _first_layer(model: AnytimeModel) -> str:
 
 
 def _last_layer(g: fx.GraphModule, path: str) -> str:
-    layers = [n.target for n in g.graph.nodes if n.op == "call_module" and isinstance(g.get_submodule(n.target), nn.Conv2d | nn.Linear)]
+    layers = [
+        n.target for n in g.graph.nodes if n.op == "call_module" and isinstance(g.get_submodule(n.target), nn.Conv2d | nn.Linear)
+    ]
     return f"{path}.{layers[-1]}" if layers else ""
 
 
@@ -255,7 +268,7 @@ def _insert(
             if not fused and not (head and node in outputs):
                 put_after(node)
     g.recompile()
-    result = graph.output_node().args[0]
+    result: Any = graph.output_node().args[0]
     if isinstance(result, tuple | list):
         return tuple(by_node.get(n) for n in result)
     return by_node.get(result)
@@ -284,13 +297,17 @@ def _swap(
 def _passes(g: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(g.get_submodule(str(node.target)), PASS_MODULES)
-    return (node.op == "call_function" and node.target in PASS_CALLS) or (node.op == "call_method" and node.target in PASS_METHODS)
+    return (node.op == "call_function" and node.target in PASS_CALLS) or (
+        node.op == "call_method" and node.target in PASS_METHODS
+    )
 
 
 def _is_relu(g: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(g.get_submodule(str(node.target)), nn.ReLU)
-    return (node.op == "call_function" and node.target in (torch.relu, F.relu)) or (node.op == "call_method" and node.target == "relu")
+    return (node.op == "call_function" and node.target in (torch.relu, F.relu)) or (
+        node.op == "call_method" and node.target == "relu"
+    )
 
 
 def _readers(g: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:

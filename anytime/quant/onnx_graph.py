@@ -53,7 +53,7 @@ class Writer:
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Name of an initializer."""
-        self.initializers.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.initializers.setdefault(name, numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
     def op(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
@@ -225,7 +225,9 @@ def _module(w: Writer, m: nn.Module, name: str, x: Value, int_bias: bool) -> Val
         return w.quantize(x.name, m, name)
     for kind, emit in EMIT.items():
         if isinstance(m, kind):
-            return _keep(w, emit(w, m, name, x, int_bias), x, name) if isinstance(m, MOVES) else Value(emit(w, m, name, x, int_bias))
+            return (
+                _keep(w, emit(w, m, name, x, int_bias), x, name) if isinstance(m, MOVES) else Value(emit(w, m, name, x, int_bias))
+            )
     raise Unsupported(f"{name}: no ONNX form is known for {type(m).__name__}")
 
 
@@ -252,7 +254,10 @@ def _weight(w: Writer, m: QConv2d | QLinear | nn.Conv2d | nn.Linear, name: str, 
             counts = np.clip(np.rint(m.bias.detach().numpy().astype(np.float64) / step), -(2**31), 2**31 - 1).astype(np.int32)
             b_scale = w.constant(f"{name}.bias/scale", step)
             b_zero = w.constant(f"{name}.bias/zero_point", np.zeros(len(step), np.int32))
-            return [*names, w.op("DequantizeLinear", [w.constant(f"{name}.bias", counts), b_scale, b_zero], f"{name}.bias/DQ", axis=0)]
+            return [
+                *names,
+                w.op("DequantizeLinear", [w.constant(f"{name}.bias", counts), b_scale, b_zero], f"{name}.bias/DQ", axis=0),
+            ]
     else:
         weight = m.weight.detach().float().numpy()
         names = [w.constant(f"{name}.weight", weight.T if flip else weight)]
@@ -263,7 +268,9 @@ def _weight(w: Writer, m: QConv2d | QLinear | nn.Conv2d | nn.Linear, name: str, 
 
 def _conv(w: Writer, m: nn.Conv2d, name: str, x: Value, int_bias: bool) -> str:
     if isinstance(m.padding, str) or m.padding_mode != "zeros":
-        raise Unsupported(f"{name}: padding {m.padding!r} with mode {m.padding_mode!r} has no ONNX form here; use zeros and numbers")
+        raise Unsupported(
+            f"{name}: padding {m.padding!r} with mode {m.padding_mode!r} has no ONNX form here; use zeros and numbers"
+        )
     return w.op(
         "Conv", [x.name, *_weight(w, m, name, x, int_bias)], name, kernel_shape=list(m.kernel_size), strides=list(m.stride),
         pads=list(m.padding) * 2, dilations=list(m.dilation), group=m.groups,
@@ -287,7 +294,9 @@ def _max_pool(w: Writer, m: nn.MaxPool2d, name: str, x: Value, _: bool) -> str:
 
 def _avg_pool(w: Writer, m: nn.AvgPool2d, name: str, x: Value, _: bool) -> str:
     if m.ceil_mode or m.divisor_override:
-        raise Unsupported(f"{name}: AvgPool2d with ceil_mode or divisor_override differs between torch and ONNX; write it without")
+        raise Unsupported(
+            f"{name}: AvgPool2d with ceil_mode or divisor_override differs between torch and ONNX; write it without"
+        )
     return w.op(
         "AveragePool", [x.name], name, kernel_shape=_pair(m.kernel_size), strides=_pair(m.stride), pads=_pair(m.padding) * 2,
         count_include_pad=int(m.count_include_pad),

@@ -13,6 +13,7 @@ from anytime.metrics import Floats
 
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
 BINS = 2048  # TensorRT's
+TINY = 1e-30  # a range under this is nothing but zeros: its step would not be a normal float32
 
 
 class Grid(NamedTuple):
@@ -39,7 +40,9 @@ class Histogram:
         """First pass. Unsupported on NaN or infinity."""
         low, high = (float(v) for v in torch.aminmax(x.detach()))
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise Unsupported("calibration met NaN or infinity in an activation: the float network is broken on its calibration images")
+            raise Unsupported(
+                "calibration met NaN or infinity in an activation: the float network is broken on its calibration images"
+            )
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def see_values(self, x: Tensor) -> None:
@@ -66,8 +69,8 @@ def affine(low: float, high: float, bits: int) -> Grid:
     """Unsigned grid over [low, high], stretched so that 0 is an integer exactly (padding needs it)."""
     low, high = min(low, 0.0), max(high, 0.0)
     qmax = 2**bits - 1
-    if high == low:
-        return Grid(1.0, 0, 0, qmax)  # nothing but zeros was seen
+    if high - low < TINY:
+        return Grid(1.0, 0, 0, qmax)
     scale = (high - low) / qmax
     return Grid(scale, int(np.clip(np.rint(-low / scale), 0, qmax)), 0, qmax)
 
@@ -75,7 +78,7 @@ def affine(low: float, high: float, bits: int) -> Grid:
 def symmetric(amax: float, bits: int, narrow: bool) -> Grid:
     """Signed grid with zero point 0; ``narrow`` leaves out the lowest integer (weights), TensorRT's activations do not."""
     qmax = 2 ** (bits - 1) - 1
-    return Grid(amax / qmax if amax > 0 else 1.0, 0, -qmax if narrow else -qmax - 1, qmax)
+    return Grid(amax / qmax if amax >= TINY else 1.0, 0, -qmax if narrow else -qmax - 1, qmax)
 
 
 def activation_grid(h: Histogram, observer: Observer, bits: int, signed: bool, percentile: float = 99.99) -> Grid:
@@ -177,9 +180,9 @@ def weight_scales(w: Tensor, bits: int, observer: Observer) -> Tensor:
     flat = w.detach().flatten(1)
     if not torch.isfinite(flat).all():
         raise Unsupported("a weight is NaN or infinite: the float network is broken")
-    qmax = 2 ** (bits - 1) - 1
+    qmax = (1 << (bits - 1)) - 1
     full = flat.abs().amax(1)
-    full = torch.where(full > 0, full, torch.full_like(full, float(qmax)))
+    full = torch.where(full >= TINY, full, torch.full_like(full, float(qmax)))
     if observer == "minmax":
         return full / qmax
     best, best_error = full / qmax, torch.full_like(full, torch.inf)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import sys
 import zlib
@@ -51,10 +52,10 @@ class Maker:
         """Write one record and what lies beside it."""
         i = next(self.ticks)
         created = f"20260101T0000{i // 60:02d}.{i:06d}Z"
-        stem = self.folder / f"{i:03d}-{r.kind}-{r.fact}"
-        stem.with_suffix(".json").write_text(json.dumps(asdict(r) | {"created": created}, indent=1, sort_keys=True) + "\n")
+        stem = str(self.folder / f"{i:03d}-{r.kind}-{r.fact}")
+        Path(f"{stem}.json").write_text(json.dumps(asdict(r) | {"created": created}, indent=1, sort_keys=True) + "\n")
         if attachment:
-            stem.with_suffix(".npz").write_bytes(attachment)
+            Path(f"{stem}.npz").write_bytes(attachment)
 
 
 class Cell:
@@ -63,7 +64,7 @@ class Cell:
     def __init__(
         self, to: Maker, position: int, model: str, backend: str, column: str, execution: str, train_seed: int = 0
     ) -> None:
-        self.to, self.name = to, f"{model}-{backend}-{train_seed}".lower().replace("(of=", "-").replace(")", "")
+        self.to, self.name = to, re.sub(r"[^a-z0-9]+", "-", f"{model}-{backend}-{train_seed}".lower())
         self.spec = {
             "is": "Cell",
             "version": 1,
@@ -178,7 +179,7 @@ def make(root: Path) -> None:
     half.miss("skip", "measure", "this CPU has no FP16 kernels", "host")
     Cell(to, 4, "LeNet", "QAT(bits=4)", "INT4 QAT", "").miss("fail", "eval", "epoch 2, step 7: the loss is NaN;\n lower the rate")
     for seed, wrong in enumerate(([first(8), first(4)], [first(10), first(6)])):
-        fp32 = Cell(to, 16, "B-LeNet", "FP32", "FP32", "torch", seed).eval(wrong)
+        fp32 = Cell(to, 10, "B-LeNet", "FP32", "FP32", "torch", seed).eval(wrong)
         fp32.measure(0.5, 1.0).decide(20).replay(0.7)
     fp32 = Cell(to, 11, "B-LeNet", "OnnxRuntime(of=FP32)", "FP32", ort).eval([first(8), first(4)]).measure(0.25, 0.5)
     fp32.decide(20).replay(0.36).decide(20, "kept").replay(0.38)
@@ -201,8 +202,10 @@ def main(out: Path = HERE) -> None:
     """Records and tables."""
     shutil.rmtree(out / "records", ignore_errors=True)
     make(out / "records")
-    tables = report.write(out / "records", EXP, out, ("md", "csv", "tex"))
-    print(*tables, sep="\n")
+    rows = report.rows(out / "records", EXP)
+    for fmt in report.FORMATS:
+        (out / "tables").mkdir(exist_ok=True)
+        (out / "tables" / f"{EXP}.{fmt}").write_text(report.show(rows, fmt))
 
 
 if __name__ == "__main__":

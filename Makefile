@@ -1,0 +1,64 @@
+# The front door. Everything here is thin over `python -m anytime`; `make help` lists it.
+PYTHON ?= python3
+VENV   ?= .venv
+EXP    ?= quickstart
+FORMAT ?= md,csv,tex
+JOBS   ?= 1
+RESULTS ?= results
+BIN    := $(VENV)/bin
+ANYTIME := $(BIN)/python -m anytime
+SETS   := $(foreach s,$(SET),--set '$(s)')
+COMMON := $(SETS) --results '$(RESULTS)' $(if $(DEBUG),--debug)
+
+.DEFAULT_GOAL := help
+.PHONY: help exp list report cite clean-cache install test check format bench smoke
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo '  variables: EXP=$(EXP) SET="recipe.epochs=1 train_seeds=(0,)" FORCE=1 JOBS=1 FORMAT=$(FORMAT) RESULTS=$(RESULTS) DEBUG=1'
+
+# torch first and by its exact pin: pip then finds the CPU build where there is one beside it.
+$(BIN)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'anytime needs Python 3.11 or newer: make PYTHON=python3.11 ...'; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -e .
+	@touch $@
+
+$(BIN)/.installed-test: $(BIN)/.installed
+	$(BIN)/pip install -q -e '.[test]'
+	@touch $@
+
+install: $(BIN)/.installed ## make .venv and install into it
+
+exp: $(BIN)/.installed ## run what EXP lacks, write and print its table
+	@$(ANYTIME) run '$(EXP)' $(COMMON) --format '$(FORMAT)' --jobs $(JOBS) $(if $(FORCE),--force)
+
+list: $(BIN)/.installed ## what EXP asks for: todo, done, skip and why, fail
+	@$(ANYTIME) list '$(EXP)' $(COMMON)
+
+report: $(BIN)/.installed ## write EXP's tables and figures from its records
+	@$(ANYTIME) report '$(EXP)' $(COMMON) --format '$(FORMAT)'
+
+cite: $(BIN)/.installed ## print the sources of what EXP uses
+	@$(ANYTIME) cite '$(EXP)' $(COMMON)
+
+clean-cache: $(BIN)/.installed ## say how large the cache is; YES=1 deletes it
+	@$(ANYTIME) clean-cache --results '$(RESULTS)' $(if $(YES),--yes)
+
+test: $(BIN)/.installed-test ## install what tests need, and run them
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(BIN)/.installed-test ## ruff and mypy, as CI runs them
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(BIN)/.installed-test ## sort imports and format
+	$(BIN)/ruff check -q --fix --select I .
+	$(BIN)/ruff format -q .
+
+smoke: $(BIN)/.installed ## a short run of every experiment, into a folder of its own
+	.ci/smoke $(BIN)/python
+
+bench: $(BIN)/.installed-test ## the benchmarks
+	for b in benchmarks/*.py; do $(BIN)/python $$b || exit 1; done

@@ -1,0 +1,110 @@
+"""The backend contract over every keeper, and the saboteurs that it must catch."""
+
+import copy
+import importlib
+import pkgutil
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+
+import anytime.backends
+from anytime.backend import Backend, Bits, TorchNet
+from anytime.backends.float import Float32
+from anytime.backends.ptq import PTQ
+from anytime.backends.qat import QAT
+from tests.contracts.backend import backend_keeps_its_promise
+from tests.worlds import data, trained, trainer
+
+
+def keepers():
+    for info in pkgutil.iter_modules(anytime.backends.__path__, "anytime.backends."):
+        for cls in vars(importlib.import_module(info.name)).values():
+            if isinstance(cls, type) and issubclass(cls, Backend) and cls.__module__ == info.name:
+                yield cls
+
+
+def variants():
+    """Each keeper at its defaults; a wrapper around float, around calibrated and around trained integers."""
+    for cls in keepers():
+        names = {f.name for f in fields(cls)}
+        if "of" in names:
+            yield from (cls(of=inner) for inner in (Float32(), PTQ(), QAT(epochs=1)))
+        else:
+            yield cls(epochs=1) if "epochs" in names else cls()
+
+
+@pytest.mark.parametrize("backend", list(variants()), ids=lambda b: b.label)
+def test_backend(backend):
+    if reason := backend.why_not():
+        pytest.skip(reason)
+    backend_keeps_its_promise(backend, trained(), data(), trainer())
+
+
+@dataclass(frozen=True)
+class EatsItsInput(Backend):
+    """Source: a saboteur."""
+
+    def compress(self, model, calib, trainer, target="u8s8"):
+        with torch.no_grad():
+            model.stages[0][0].weight.zero_()
+        return TorchNet(copy.deepcopy(model), {}, False)
+
+
+class Negated(TorchNet):
+    def step(self, segment, state):
+        state, z = super().step(segment, state)
+        return state, None if z is None else -z
+
+
+class BatchDependent(TorchNet):
+    def step(self, segment, state):
+        state, z = super().step(segment, state)
+        return state, None if z is None else z - z.mean(0)
+
+
+class Thin(TorchNet):
+    def predict(self, x, batch=256):
+        return super().predict(x, batch)[:1]
+
+
+class SavesNothing(TorchNet):
+    def save(self, folder):
+        return []
+
+
+@dataclass(frozen=True)
+class Makes(Backend):
+    """Source: a saboteur."""
+
+    what: str = ""
+
+    def compress(self, model, calib, trainer, target="u8s8"):
+        twin = copy.deepcopy(model)
+        if self.what == "forgets":
+            twin.trained_on = frozenset()
+        if self.what == "mute":
+            return TorchNet(twin, {}, simulated=True)
+        if self.what == "odd bits":
+            return TorchNet(twin, {"stages.9.9": Bits(8, 8)}, False)
+        kind = {"negated": Negated, "batch": BatchDependent, "thin": Thin, "unsaved": SavesNothing}.get(self.what, TorchNet)
+        return kind(twin, {}, False)
+
+
+@pytest.mark.parametrize(
+    "saboteur, said",
+    [
+        (EatsItsInput(), "changed its input"),
+        (Makes("negated"), "disagree"),
+        (Makes("batch"), "disagree|depend on batch size"),
+        (Makes("thin"), r"\[E, N, K\]"),
+        (Makes("odd bits"), "do not exist"),
+        (Makes("forgets"), "forgot what it was trained on"),
+        (Makes("unsaved"), "nothing was saved"),
+        (Makes("mute"), "does not say why"),
+    ],
+    ids=lambda v: v.label if isinstance(v, Backend) else "",
+)
+def test_the_contract_catches(saboteur, said):
+    with pytest.raises(AssertionError, match=said):
+        backend_keeps_its_promise(saboteur, copy.deepcopy(trained()), data(), trainer())

@@ -1,0 +1,117 @@
+"""The graphs that are written: the same answers as the chain, in ONNX's own reference evaluator and in ONNX Runtime."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+
+from anytime.errors import Unsupported
+from anytime.model import AnytimeModel, Segment
+from anytime.models.branchynet import BAlexNet, BLeNet
+from anytime.quant.graph import Widths, prepared, traced
+from anytime.quant.onnx_graph import IR, OPSET, OnnxChain
+from tests.worlds import Tiny, data, trained
+
+
+def chains():
+    model = trained()
+    yield "float", traced(model), True
+    for target in ("u8s8", "s8s8"):
+        net = prepared(model, data().calib.x, Widths(8, 8), target, "mse", "mse")
+        yield target, net.freeze(round_bias=target == "u8s8"), target == "u8s8"
+
+
+CHAINS = {name: (chain, int_bias) for name, chain, int_bias in chains()}
+SHAPE = (3, 16, 16)
+
+
+def runners(proto):
+    newer = onnx.ModelProto.FromString(proto.SerializeToString())
+    newer.opset_import[0].version = 19  # the evaluator knows Q/DQ from 19 on; what 13 says of these operators is the same
+    newer.ir_version = 9
+    yield "reference", ReferenceEvaluator(newer).run
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    yield "onnxruntime", session.run
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_link_by_link_the_graphs_say_what_the_chain_says(name):
+    chain, int_bias = CHAINS[name]
+    x = data().test.x[:4]
+    with torch.inference_mode():
+        want = chain(x).numpy()
+    writer = OnnxChain(chain, SHAPE, int_bias)
+    states = {"reference": x.numpy(), "onnxruntime": x.numpy()}
+    for k in range(chain.n_exits):
+        proto = writer.write(Segment(k, k + 1, k))
+        for engine, run in runners(proto):
+            logits, *rest = run(None, {proto.graph.input[0].name: states[engine]})
+            # One step of an integer grid may fall to the other side; the float chain has no steps.
+            assert np.abs(logits - want[k]).max() <= (1e-4 if name == "float" else 0.05 * np.abs(want[k]).max()), engine
+            if rest:
+                states[engine] = rest[0]
+                assert rest[0].dtype == {"float": np.float32, "u8s8": np.uint8, "s8s8": np.int8}[name]
+
+
+def test_a_fused_prefix_is_bit_by_bit_the_links_in_turn():
+    chain, int_bias = CHAINS["u8s8"]
+    writer = OnnxChain(chain, SHAPE, int_bias)
+    x = data().test.x[:8].numpy()
+
+    def run(segment, value):
+        proto = writer.write(segment)
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {proto.graph.input[0].name: value})
+
+    (state,) = run(Segment(0, 1, None), x)
+    (state,) = run(Segment(1, 2, None), state)
+    apart = run(Segment(2, 3, 2), state)[0]
+    assert np.array_equal(apart, run(Segment(0, 3, 2), x)[0])
+
+
+def test_it_loads_on_the_boards():
+    proto = OnnxChain(*[CHAINS["u8s8"][0], SHAPE, True]).write(Segment(0, 1, 0))
+    assert (proto.opset_import[0].version, proto.ir_version) == (OPSET, IR) == (13, 7)
+    onnx.checker.check_model(proto, full_check=True)
+    assert {"stages.0.0", "heads.0.2"} <= {n.name for n in proto.graph.node}  # readable in a viewer
+
+
+def test_every_layer_runs_in_eight_bits():
+    from anytime.backends.onnxruntime import OnnxRuntime
+    from anytime.backends.ptq import PTQ
+
+    for spec, shape in ((BLeNet(), (1, 28, 28)), (BAlexNet(), (3, 32, 32)), (Tiny(), SHAPE)):
+        model = spec.build(shape, 10).eval()
+        part = data().calib.__class__(torch.rand(8, *shape), torch.zeros(8, dtype=torch.int64), "calib", "d")
+        net = OnnxRuntime(of=PTQ()).compress(model, part, None)
+        assert set(net.executed(part.x[:1].numpy()).values()) == {"int8"}
+
+
+def test_a_layer_that_fell_out_of_int8_is_named():
+    from anytime.backends.onnxruntime import OnnxRuntime
+    from anytime.backends.ptq import PTQ
+
+    net = OnnxRuntime(of=PTQ(keep_float=("heads.1.0",))).compress(trained(), data().calib, None)
+    net.bits["heads.1.0"] = (8, 8)  # as if it had been promised
+    executed = net.executed(data().test.x[:1].numpy())
+    assert [layer for layer, kind in executed.items() if kind != "int8"] == ["heads.1.0"]
+
+
+@pytest.mark.parametrize(
+    "layer, said",
+    [
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), "stages.0.4.*reflect"),
+        (nn.AdaptiveAvgPool2d(3), "stages.0.4.*AdaptiveAvgPool2d"),
+        (nn.AvgPool2d(2, ceil_mode=True), "stages.0.4.*ceil_mode"),
+        (nn.GELU(), "stages.0.4.*GELU"),
+    ],
+    ids=["padding", "adaptive pool", "ceil average", "unknown"],
+)
+def test_what_has_no_onnx_form_is_named(layer, said):
+    model = Tiny().build(SHAPE, 4).eval()
+    model.stages[0].append(layer)
+    with pytest.raises(Unsupported, match=said):
+        OnnxChain(traced(AnytimeModel(model.stages[:1], model.heads[:1])), SHAPE, True).write(Segment(0, 1, None))

@@ -1,0 +1,527 @@
+"""The report: hand-made records to hand-counted rows, and a golden table.
+
+Expected tables lie in tests/golden/tables; after a deliberate change, write them again and read the diff:
+
+    python -m tests.golden.make
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from anytime import figures, report
+from anytime.errors import UsageError, WriteError
+from anytime.metrics import METRICS, paired_loss, wilson
+from anytime.record import load, newest
+from tests.golden.make import EXP, LABELS, Cell, Maker, N, first, make
+
+REPO = Path(__file__).parents[1]
+GOLDEN = REPO / "tests/golden"
+ORT = "ONNX Runtime"
+
+
+@pytest.fixture(scope="module")
+def golden() -> pd.DataFrame:
+    return report.rows(GOLDEN / "records", EXP)
+
+
+@pytest.fixture
+def to(tmp_path: Path) -> Maker:
+    return Maker(tmp_path / "records")
+
+
+def rows_of(to: Maker) -> pd.DataFrame:
+    return report.rows(to.folder.parent, EXP)
+
+
+def pick(rows: pd.DataFrame, **where: Any) -> pd.DataFrame:
+    for name, value in where.items():
+        rows = rows[rows[name] == value]
+    return rows
+
+
+def one(rows: pd.DataFrame, **where: Any) -> dict[str, Any]:
+    found = pick(rows, **where)
+    assert len(found) == 1, f"{where}: {len(found)} rows"
+    return dict(found.iloc[0])
+
+
+def right(wrong: set[int]) -> np.ndarray:  # type: ignore[type-arg]
+    return np.array([n not in wrong for n in range(N)])
+
+
+# The golden table ------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_records_are_those_of_make(tmp_path: Path) -> None:
+    make(tmp_path / "records")
+    ours, theirs = tmp_path / "records" / EXP, GOLDEN / "records" / EXP
+    assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
+    for path in ours.glob("*.json"):
+        assert path.read_text() == (theirs / path.name).read_text()
+
+
+@pytest.mark.parametrize("fmt", ["md", "csv", "tex"])
+def test_golden_table(tmp_path: Path, fmt: str) -> None:
+    path, figure = report.write(GOLDEN / "records", EXP, tmp_path, [fmt])
+    assert (path, figure) == (tmp_path / "tables" / f"golden.{fmt}", tmp_path / "figures" / "golden.svg")
+    assert path.read_text() == (GOLDEN / "tables" / path.name).read_text(), "read the diff, then: python -m tests.golden.make"
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing temporary is left"
+
+
+def test_the_same_records_give_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from anytime import report; report.write(*map(eval, sys.argv[1:]))"
+    written = []
+    for seed in ("1", "2"):
+        out = tmp_path / seed
+        args = [f"Path({str(GOLDEN / 'records')!r})", repr(EXP), f"Path({str(out)!r})"]
+        subprocess.run([sys.executable, "-c", code, *args], cwd=REPO, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+        written.append({p.name: p.read_bytes() for p in out.rglob("*.*")})
+    assert sorted(written[0]) == ["golden.csv", "golden.md", "golden.svg", "golden.tex"]
+    assert written[0] == written[1]
+
+
+def test_torch_is_never_imported() -> None:
+    code = "import sys; from anytime import report, figures; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+
+
+# Rows, counted by hand -------------------------------------------------------------------------------------------
+
+
+def test_the_columns_that_were_promised_come_first(golden: pd.DataFrame) -> None:
+    # The words of the issue.
+    words = """
+        exp model dataset backend execution policy arm budget board train_seeds n accuracy accuracy_lo accuracy_hi macs bops
+        params size_bytes latency_ms_p50 latency_ms_p90 latency_ms_p99 cpu_ms speedup speedup_over agreement int8_macs_share
+        status reason
+    """
+    promised = re.findall(r"\w+", words)
+    assert list(golden.columns[: len(promised)]) == promised
+    assert METRICS.keys() <= set(golden.columns), "every column that the glossary explains is there"
+
+
+def test_one_seed_has_wilson_s_interval(golden: pd.DataFrame) -> None:
+    row = one(golden, model="LeNet", backend="FP32")
+    assert (row["policy"], row["exit"], row["n"], row["train_seeds"], row["of"]) == ("exit 1", 0, 40, "0", "measure")
+    assert (row["accuracy"], row["accuracy_lo"], row["accuracy_hi"]) == wilson(37, 40)
+    assert (row["macs"], row["bops"], row["params"], row["size_bytes"]) == (1e5, 1e5 * 1024, 1e4, 3e5)
+
+
+def test_training_seeds_are_folded_with_a_t_interval(golden: pd.DataFrame) -> None:
+    row = one(golden, model="B-LeNet", backend="FP32", policy="exit 2")
+    assert row["train_seeds"] == "0,1" and row["cell"] == "b-lenet-fp32-0,b-lenet-fp32-1"
+    assert row["accuracy"] == pytest.approx((36 / 40 + 34 / 40) / 2)
+    assert row["accuracy_lo"] == pytest.approx(0.875 - 12.7062 * 0.025, abs=1e-5)  # t(1), standard error 0.025
+    assert row["accuracy_hi"] == 1.0, "an accuracy above 100 % is none"
+
+
+@given(st.lists(st.floats(0.3, 0.7), min_size=2, max_size=12, unique=True))
+def test_the_interval_over_seeds_is_student_s(shares: list[float]) -> None:
+    mean, lo, hi = report.over_seeds(shares)
+    expected = stats.t.interval(0.95, len(shares) - 1, loc=np.mean(shares), scale=stats.sem(shares))
+    assert mean == pytest.approx(np.mean(shares))
+    assert (lo, hi) == pytest.approx((max(0, expected[0]), min(1, expected[1])), abs=1e-9)
+
+
+def test_losses_are_paired_with_the_reference_of_the_same_exit(golden: pd.DataFrame) -> None:
+    row = one(golden, backend="PTQ", policy="exit 2")
+    # FP32 is wrong on 0-3, PTQ on 0-2, 20 and 21: two lost, one won.
+    expected = paired_loss(right(first(4)), right(first(3, 20, 21)))
+    assert row["loss"] == pytest.approx(1 / 40)
+    assert (row["loss"], row["loss_lo"], row["loss_hi"], row["loss_upper"]) == tuple(expected)
+    assert pick(golden, reference=True)["loss"].isna().all(), "the reference has no loss against itself"
+
+
+def test_losses_of_several_seeds_are_paired_seed_by_seed_and_averaged(golden: pd.DataFrame) -> None:
+    row = one(golden, backend="OnnxRuntime(of=PTQ)", model="B-LeNet", policy="exit 2")
+    each = [paired_loss(right(a), right(b)) for a, b in ((first(4), first(3, 20, 21)), (first(6), first(6, 30)))]
+    assert row["loss"] == pytest.approx((1 / 40 + 1 / 40) / 2)
+    assert row["loss_upper"] == pytest.approx(np.mean([loss.upper for loss in each]))
+
+
+def test_a_policy_loses_against_the_refitted_policy_of_the_reference(golden: pd.DataFrame) -> None:
+    row = one(golden, backend="OnnxRuntime(of=PTQ)", policy="Entropy", arm="kept")
+    each = []
+    for fp32, ptq in (((8, 4), (first(8, 10), first(3, 20, 21))), ((10, 6), (first(10, 12), first(6, 30)))):
+        theirs = [n not in (first(fp32[1]) if n < 20 else first(fp32[0])) for n in range(N)]  # FP32: the first 20 go on
+        ours = [n not in (ptq[1] if n < 10 else ptq[0]) for n in range(N)]  # kept: the first 10 go on
+        each.append(paired_loss(np.array(theirs), np.array(ours)))
+    assert row["loss"] == pytest.approx(np.mean([loss.value for loss in each]))
+    assert row["loss_upper"] == pytest.approx(np.mean([loss.upper for loss in each]))
+    assert row["exit_shares"] == "0.750/0.250" and row["exit_flips"] == 0.25
+
+
+def test_repeated_measurements_are_pooled_with_their_spread(golden: pd.DataFrame) -> None:
+    row = one(golden, model="LeNet", backend="OnnxRuntime(of=FP32)")
+    assert (row["latency_ms_p50"], row["n_sessions"]) == (pytest.approx(0.45), 2)
+    assert row["latency_ms_spread"] == pytest.approx(0.1)
+    assert row["noisy"] and math.isnan(row["latency_ms_p99"])
+    assert math.isnan(one(golden, model="LeNet", backend="FP32")["latency_ms_spread"]), "one session has no spread"
+
+
+def test_a_speedup_is_over_fp32_in_the_same_execution_and_names_it(golden: pd.DataFrame) -> None:
+    row = one(golden, model="B-LeNet", backend="OnnxRuntime(of=PTQ)", policy="exit 2")
+    assert (row["speedup"], row["speedup_over"]) == (pytest.approx(0.45 / 0.2), "LeNet FP32, ONNX Runtime")
+    row = one(golden, model="B-LeNet", backend="FP32", policy="Entropy")
+    assert (row["speedup"], row["speedup_over"], row["of"]) == (pytest.approx(0.8 / 0.7), "LeNet FP32, torch", "replay")
+    assert pick(golden, board="")["speedup"].isna().all() and (pick(golden, board="")["speedup_over"] == "").all()
+
+
+def test_a_speedup_falls_back_on_the_reference_s_own_execution(to: Maker) -> None:
+    Cell(to, 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)]).measure(0.8)
+    Cell(to, 1, "LeNet", "OpenVINO(of=PTQ)", "INT8 PTQ", "OpenVINO").eval([first(3)], 8).measure(0.2)
+    row = one(rows_of(to), execution="OpenVINO")
+    assert (row["speedup"], row["speedup_over"]) == (pytest.approx(4.0), "LeNet FP32, torch")
+
+
+def test_a_policy_row_says_of_size_and_agreement_what_holds_for_the_whole_network(golden: pd.DataFrame) -> None:
+    row = one(golden, backend="OnnxRuntime(of=PTQ)", policy="Entropy", arm="refitted")
+    assert (row["params"], row["packed_bytes"], row["size_bytes"]) == (2e4, 2e4, 9e4)
+    assert row["agreement"] == pytest.approx(0.95), "the worst exit's"
+    assert row["budget"] == 0.75 and row["spent"] == pytest.approx((24 * 1 + 16 * 2) / 80)
+
+
+def test_a_skip_and_a_fail_are_rows_with_their_sentence(golden: pd.DataFrame) -> None:
+    missed = golden[golden["status"] != "done"]
+    assert list(zip(missed["status"], missed["of"], missed["model"], missed["backend"], strict=True)) == [
+        ("skip", "measure", "LeNet", "FP16"),
+        ("fail", "eval", "LeNet", "QAT(bits=4)"),
+        ("skip", "measure", "B-LeNet", "FP16"),
+        ("skip", "measure", "B-LeNet", "PTQ"),
+        ("skip", "measure", "B-LeNet", "QAT(bits=4)"),
+        ("fail", "decide", "B-LeNet", "QAT(bits=4)"),
+        ("skip", "eval", "B-LeNet", "TensorRT(of=PTQ)"),
+    ]
+    assert missed["accuracy"].isna().all() and missed["latency_ms_p50"].isna().all()
+    assert one(golden, of="decide", status="fail")["budget"] == 0.25
+    assert one(golden, of="eval", status="fail")["reason"] == "epoch 2, step 7: the loss is NaN; lower the rate"
+
+
+def test_a_cell_that_no_board_timed_keeps_its_rows(golden: pd.DataFrame) -> None:
+    assert list(pick(golden, backend="FP16", model="B-LeNet", status="done")["policy"]) == ["exit 1", "exit 2"]
+
+
+def test_a_skip_is_gone_once_the_same_fact_is_there(to: Maker) -> None:
+    cell = Cell(to, 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)])
+    cell.miss("skip", "measure", "not now", "host")
+    cell.measure(0.5)
+    assert list(rows_of(to)["status"]) == ["done"]
+    cell.miss("fail", "measure", "not any more", "host")
+    assert list(rows_of(to)["status"]) == ["done"], "what was finished stays"
+
+
+def test_what_one_seed_failed_is_a_row_beside_the_other_seed_s(to: Maker) -> None:
+    Cell(to, 0, "LeNet", "FP32", "FP32", "torch", 0).eval([first(3)])
+    for seed in (1, 2):
+        Cell(to, 0, "LeNet", "FP32", "FP32", "torch", seed).miss("fail", "eval", "the loss is NaN")
+    rows = rows_of(to)
+    assert list(zip(rows["status"], rows["train_seeds"], strict=True)) == [("done", "0"), ("fail", "1,2")]
+
+
+@settings(max_examples=12, deadline=None)
+@given(keep=st.sets(st.integers(0, 45)))
+def test_no_row_is_ever_lost(tmp_path_factory: pytest.TempPathFactory, keep: set[int]) -> None:
+    """Whatever part of the records is there: every exit, decision, skip and failure has its row."""
+    root = tmp_path_factory.mktemp("some")
+    (root / EXP).mkdir()
+    for path in (GOLDEN / "records" / EXP).iterdir():
+        if int(path.name[:3]) in keep | {900}:
+            (root / EXP / path.name).symlink_to(path)
+    rows = report.rows(root, EXP)
+    there = {(r.cell, e["exit"]) for r, _ in load(root).records if r.kind == "eval" for e in r.exits}
+    exits = rows[rows["exit"].notna()]
+    assert there <= {(cell, e) for cells, e in zip(exits["cell"], exits["exit"], strict=True) for cell in cells.split(",")}
+    decided = {(r.cell, p["arm"]) for r, _ in load(root).records if r.kind == "decide" for p in r.points}
+    policies = rows[(rows["policy"] == "Entropy") & (rows["status"] == "done")]
+    assert decided <= {
+        (cell, arm) for cells, arm in zip(policies["cell"], policies["arm"], strict=True) for cell in cells.split(",")
+    }
+    missed = [r for r, _ in newest(load(root).records).values() if r.kind in ("skip", "fail")]
+    assert len(missed) == (rows["status"] != "done").sum()
+    for fmt in ("text", "md", "csv", "tex"):
+        assert report.show(rows, fmt)
+    assert "900-torn.json" in report.show(rows, "md")
+
+
+def test_a_replay_without_its_decision_says_so(to: Maker) -> None:
+    cell = Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)]).decide(20).replay(0.7)
+    next(to.folder.glob("*decide*")).unlink()
+    row = one(rows_of(to), policy="Entropy")
+    assert (row["reason"], row["latency_ms_p50"]) == ("the decide record is missing", 0.7) and cell.point["budget"] == 0.75
+    assert math.isnan(row["accuracy"])
+
+
+def test_budgets_in_milliseconds_belong_to_a_board(to: Maker) -> None:
+    cell = Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)])
+    cell.point = {"policy_label": "Entropy", "arm": "refitted", "budget": 2.0, "currency": "ms", "n": N}
+    for board, n_right in (("agx", 36), ("nx", 30)):
+        said = cell.point | {"accuracy": n_right / N, "n_right": n_right}
+        cell.record("decide", f"ms-{board}", board=board, points=[said])
+        cell.record("replay", f"ms-{board}-replay", board=board, points=[said | {"latency_ms_p50": 1.0}])
+    rows = pick(rows_of(to), policy="Entropy")
+    assert list(zip(rows["board"], rows["accuracy"], rows["of"], strict=True)) == [("agx", 0.9, "replay"), ("nx", 0.75, "replay")]
+    assert "2 ms" in report.show(rows_of(to), "md")
+
+
+def test_runs_under_other_settings_are_told_apart_and_not_folded(to: Maker) -> None:
+    for epochs, wrong in ((4, 3), (1, 9)):
+        for position, backend, execution in ((0, "FP32", "torch"), (1, "PTQ", "fake-quant")):
+            cell = Cell(to, position, "LeNet", backend, backend, execution)
+            cell.name += f"-{epochs}"
+            cell.spec["recipe"] = {"is": "Recipe", "version": 1, "epochs": epochs}
+            cell.eval([first(wrong)])
+    rows = rows_of(to)
+    assert sorted(set(rows["variant"])) == ["recipe.epochs=1", "recipe.epochs=4"]
+    assert (pick(rows, backend="PTQ")["loss"] == 0).all(), "each is paired with the reference of its own settings"
+    assert "LeNet (recipe.epochs=1)" in report.show(rows)
+
+
+def test_answers_that_are_not_those_of_the_exit_taken_have_no_paired_loss(to: Maker) -> None:
+    Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)]).decide(20)
+    cell = Cell(to, 1, "B-LeNet", "PTQ", "INT8 PTQ", "fake-quant").eval([first(8), first(4)]).decide(20)
+    assert one(rows_of(to), backend="PTQ", policy="Entropy")["loss"] == 0
+    path = next(to.folder.glob(f"*decide-{cell.name}*"))
+    said = json.loads(path.read_text())
+    said["points"][0]["n_right"] += 1
+    path.write_text(json.dumps(said))
+    assert math.isnan(one(rows_of(to), backend="PTQ", policy="Entropy")["loss"])
+
+
+@pytest.mark.parametrize("what", ["attachment", "lost attachment", "taken", "points", "exits"])
+def test_what_cannot_be_read_is_a_sentence_and_the_rest_stays(to: Maker, what: str) -> None:
+    Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)]).decide(20)
+    cell = Cell(to, 1, "B-LeNet", "PTQ", "INT8 PTQ", "fake-quant").eval([first(8), first(4)]).decide(20)
+    evaluated, decided = (next(to.folder.glob(f"*-{kind}-{cell.name}*.json")) for kind in ("eval", "decide"))
+    if what == "attachment":
+        evaluated.with_suffix(".npz").write_bytes(b"PK\x03\x04 torn")
+    elif what == "lost attachment":
+        evaluated.with_suffix(".npz").unlink()
+    elif what == "exits":
+        evaluated.write_text(json.dumps(json.loads(evaluated.read_text()) | {"exits": []}))
+    else:
+        said = json.loads(decided.read_text())
+        said["points"] = [said["points"][0] | {"taken": "AAAA"}] if what == "taken" else [{"budget": 1.0}]
+        decided.write_text(json.dumps(said))
+    rows = rows_of(to)
+    (trouble,) = rows.attrs["troubles"]
+    assert "read" in trouble or "lacks" in trouble
+    assert str(to.folder) not in trouble, "where the checkout lies is no part of a committed table"
+    assert trouble in report.show(rows, "md").partition("## Unreadable records")[2]
+    assert len(pick(rows, backend="FP32")) == 3, "its neighbours are whole"
+    assert len(pick(rows, backend="PTQ")) == {"points": 2, "exits": 1}.get(what, 3)
+
+
+# The front -------------------------------------------------------------------------------------------------------
+
+shares = st.tuples(*[st.integers(0, 20).map(lambda i: i / 20)] * 3).map(sorted)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), shares), min_size=1, max_size=8))
+def test_the_front_is_what_no_cheaper_row_reaches(said: list[tuple[int, list[float]]]) -> None:
+    rows = [
+        {"dataset": "Toy", "board": "host", "latency_ms_p50": float(ms), "accuracy_lo": lo, "accuracy": mid, "accuracy_hi": hi}
+        for ms, (lo, mid, hi) in said
+    ]
+    report.mark_front(rows)
+    assert any(row["front"] for row in rows)
+    for row in rows:
+        cheaper = [r for r in rows if r["latency_ms_p50"] < row["latency_ms_p50"]]
+        if row["front"]:
+            assert all(r["accuracy_hi"] < row["accuracy_lo"] for r in cheaper)
+        else:
+            alike = [r for r in rows if r["latency_ms_p50"] == row["latency_ms_p50"]]
+            assert any(r["accuracy_hi"] >= row["accuracy_lo"] for r in cheaper) or any(
+                r["accuracy_lo"] > row["accuracy_hi"] for r in alike
+            )
+
+
+def test_overlapping_intervals_are_not_bold_and_separate_ones_are() -> None:
+    said = {"dataset": "Toy", "board": "host", "accuracy": 0.9}
+    rows: list[dict[str, Any]] = [
+        said | {"latency_ms_p50": 1.0, "accuracy_lo": 0.80, "accuracy_hi": 0.85},
+        said | {"latency_ms_p50": 2.0, "accuracy_lo": 0.85, "accuracy_hi": 0.90},  # touches the first
+        said | {"latency_ms_p50": 3.0, "accuracy_lo": 0.91, "accuracy_hi": 0.95},
+        said | {"latency_ms_p50": math.nan, "accuracy_lo": 0.99, "accuracy_hi": 1.0},  # never timed: neither on it nor in its way
+    ]
+    report.mark_front(rows)
+    assert [row["front"] for row in rows] == [True, False, True, False]
+
+
+def test_the_mean_decides_for_a_policy_s_median_is_one_exit_s() -> None:
+    said = {"dataset": "Toy", "board": "host", "accuracy": 0.9}
+    rows: list[dict[str, Any]] = [
+        said | {"latency_ms_p50": 1.0, "latency_ms_mean": 3.0, "accuracy_lo": 0.80, "accuracy_hi": 0.85},  # 51 % leave early
+        said | {"latency_ms_p50": 2.0, "latency_ms_mean": 2.0, "accuracy_lo": 0.81, "accuracy_hi": 0.86},
+    ]
+    report.mark_front(rows)
+    assert [row["front"] for row in rows] == [False, True]
+
+
+# What people read ------------------------------------------------------------------------------------------------
+
+
+def test_the_pivot_takes_the_fastest_real_execution_and_says_which(golden: pd.DataFrame) -> None:
+    table = report.pivot(golden)
+    assert list(table.columns.get_level_values(0).unique()) == ["FP32", "INT8 PTQ", "FP16", "INT4 QAT", "TensorRT INT8"]
+    cell = table.loc[("Toy", "B-LeNet", "exit 2")]
+    assert (cell["FP32", "execution"], cell["FP32", "latency_ms_p50"]) == (ORT, 0.5)
+    assert (cell["INT8 PTQ", "execution"], cell["INT8 PTQ", "simulated"]) == (ORT, False)
+    assert cell["INT4 QAT", "simulated"] and cell["INT4 QAT", "size_bytes"] == 2e4 * 4 / 8, "packed, for its files are floats"
+    assert cell["TensorRT INT8", "status"] == "skip" and "not installed" in cell["TensorRT INT8", "reason"]
+    assert cell["FP16", "reason"] == "this CPU has no FP16 kernels"
+
+
+def test_a_column_of_several_executions_says_which_in_every_cell(to: Maker) -> None:
+    Cell(to, 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)]).measure(0.8)
+    Cell(to, 1, "B-LeNet", "OnnxRuntime(of=FP32)", "FP32", ORT).eval([first(3)]).measure(0.2)
+    text = report.show(rows_of(to))
+    assert re.search(r"0\.800 · 0\.300\*? \(torch\)", text) and re.search(r"0\.200 · 0\.300\*? \(ONNX Runtime\)", text)
+
+
+def test_every_board_has_a_pivot_of_its_own(to: Maker) -> None:
+    cell = Cell(to, 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)])
+    for board, ms in (("agx", 1.5), ("nx", 2.5)):
+        cell.record("measure", f"measure-{board}", board=board, exits=[{"exit": 0, "n": 256, "latency_ms_p50": ms}])
+    rows = rows_of(to)
+    assert list(rows["board"]) == ["agx", "nx"] and list(rows["accuracy"]) == [0.925, 0.925]
+    text = report.show(rows)
+    assert "92.50 · 1.500" in text and "92.50 · 2.500" in text and "latency on nx" in text
+    assert report.pivot(rows, "orin").loc[("Toy", "LeNet", "exit 1")]["FP32", "accuracy"] == 0.925, "accuracy needs no board"
+
+
+def test_every_markdown_table_has_as_many_cells_in_every_line(golden: pd.DataFrame) -> None:
+    text = report.show(golden, "md")
+    tables = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+    assert len(tables) == 7
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    assert text.startswith("# golden\n\nDoes a quantized early-exit network")
+    assert re.search(r"\[3\] simulated arithmetic has no latency", text)
+    assert "n = 1 training seed, fewer than 5" in text
+
+
+def test_latex_is_escaped_and_its_lines_have_as_many_cells(golden: pd.DataFrame) -> None:
+    text = report.show(golden, "tex")
+    lines = [line for line in text.splitlines() if line.endswith(r" \\")]
+    assert len(lines) == 4 and len({line.count(" & ") for line in lines}) == 1
+    assert text.count("{") == text.count("}") and r"a\_b 50 \%" in text
+    assert r"\textbf{75.00 $\cdot$ 0.100 $\cdot$ 0.090}" in text and r"\begin{tabular}{lllrrrrr}" in text
+    assert not re.search(r"(?<!\\)[%&_#](?! )", text.split("\n", 1)[1]), "an unescaped special character"
+
+
+def test_csv_reads_back_as_the_rows(golden: pd.DataFrame, tmp_path: Path) -> None:
+    path, _ = report.write(GOLDEN / "records", EXP, tmp_path, ["csv"])
+    back = pd.read_csv(
+        path, keep_default_na=False, na_values={name: [""] for name in ("accuracy", "loss_upper", "latency_ms_p50")}
+    )
+    assert list(back.columns) == list(golden.columns) and len(back) == len(golden)
+    for name in ("accuracy", "loss_upper", "latency_ms_p50"):
+        np.testing.assert_allclose(back[name], golden[name], rtol=1e-11)
+    assert list(back["reason"]) == list(golden["reason"]) and list(back["speedup_over"]) == list(golden["speedup_over"])
+
+
+def test_with_five_seeds_no_warning(to: Maker) -> None:
+    for seed in range(5):
+        assert "training seed" in (report.show(rows_of(to)) if seed else "training seed")
+        Cell(to, 0, "LeNet", "FP32", "FP32", "torch", seed).eval([first(3 + seed)])
+    assert "fewer than 5" not in report.show(rows_of(to), "md")
+
+
+def test_an_experiment_in_which_nothing_finished_has_a_table(to: Maker) -> None:
+    Cell(to, 0, "LeNet", "FP32", "FP32", "").miss("skip", "eval", "MNIST is missing: set ANYTIME_DATA")
+    rows = rows_of(to)
+    for text in (report.show(rows), report.show(rows, "md")):
+        assert "No cell has finished yet." in text and "MNIST is missing" in text
+    assert report.show(rows, "tex").count("skip [1]") == 1
+    assert len(figures.figure(rows).axes) == 1
+
+
+def test_an_experiment_whose_every_record_is_torn_has_a_table(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "torn.json").write_text("{")
+    rows = report.rows(tmp_path, "x")
+    assert rows.empty and list(rows.columns) == list(report.COLUMNS)
+    assert "x/torn.json" in report.show(rows, "md") and "Unreadable files: 1" in report.show(rows)
+    assert report.show(rows, "csv").count("\n") == 1 and report.show(rows, "tex")
+    figures.draw(rows, tmp_path / "x.svg")
+
+
+# Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_experiment_is_one_sentence_with_the_near_miss(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'goldne' has no records .* did you mean 'golden'"):
+        report.rows(GOLDEN / "records", "goldne")
+    with pytest.raises(UsageError, match="there is none"):
+        report.write(tmp_path, "golden", tmp_path)
+
+
+def test_an_unknown_format_is_one_sentence_with_the_near_miss(golden: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no report format 'markdown'"):
+        report.show(golden, "markdown")
+    with pytest.raises(UsageError, match="no report format 'mdd'; did you mean 'md'"):
+        report.write(GOLDEN / "records", EXP, tmp_path, ["csv", "mdd"])
+    assert list(tmp_path.iterdir()) == [], "nothing is written before the mistake is found"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_refuses_a_table_is_one_sentence_and_the_old_table_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path, _ = report.write(GOLDEN / "records", EXP, tmp_path, ["md"])
+    before = path.read_bytes()
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(WriteError, match=f"cannot write .*golden.md: {os.strerror(code)}; free space"):
+        report.write(GOLDEN / "records", EXP, tmp_path, ["md"])
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["golden.md"]
+
+
+# Figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_figure_shows_every_point_and_a_front_that_only_rises(golden: pd.DataFrame) -> None:
+    left, right_ = figures.figure(golden).axes
+    assert left.get_xlabel() == "MACs a sample (M)" and right_.get_xlabel() == "mean latency, batch 1 (ms)"
+    done = golden[(golden["status"] == "done") & (golden["arm"] != "kept")]
+    for axes, cost, n in ((left, "macs", len(done)), (right_, "latency_ms_p50", done["latency_ms_p50"].notna().sum())):
+        front, *points = axes.lines
+        assert sum(len(line.get_xdata()) for line in points) == n
+        x, y = np.asarray(front.get_xdata()), np.asarray(front.get_ydata())
+        assert (np.diff(x) >= 0).all() and (np.diff(y)[:-1] > 0).all()
+        known = done[done[cost].notna()]
+        assert y.max() == pytest.approx(100 * known["accuracy"].max())
+        assert x[0] * (1e6 if cost == "macs" else 1) == pytest.approx(known[cost].min())
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_a_figure_is_drawn_the_same_twice(golden: pd.DataFrame, tmp_path: Path, suffix: str) -> None:
+    paths = [tmp_path / f"{i}.{suffix}" for i in (0, 1)]
+    for path in paths:
+        figures.draw(golden, path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert len(paths[0].read_bytes()) > 5000
+
+
+def test_the_labels_are_those_of_the_hand_made_samples() -> None:
+    with np.load(next((GOLDEN / "records" / EXP).glob("000-*.npz"))) as file:
+        assert (file["labels"] == LABELS).all() and (file["argmax"] != file["labels"]).sum() == 3

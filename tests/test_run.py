@@ -1,0 +1,292 @@
+"""A whole experiment on made-up data: every kind of fact, nothing twice, nothing lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anytime.backend import Backend
+from anytime.backends.float import Float16, Float32
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.backends.ptq import PTQ
+from anytime.backends.qat import QAT
+from anytime.boards.host import Host
+from anytime.config import Experiment, Suite
+from anytime.datasets.synthetic import Synthetic
+from anytime.errors import Unsupported, UsageError
+from anytime.facts import facts_of
+from anytime.models.static import Static
+from anytime.policies.threshold import Entropy
+from anytime.record import load
+from anytime.run import Runner
+from anytime.train import Recipe
+from tests.worlds import Tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def experiment(**fields):
+    given = dict(
+        name="small",
+        question="Does it all hang together?",
+        suites=(Suite(Synthetic(n=800, size=16, channels=3, n_classes=4, noise=0.25), (Static(Tiny()), Tiny())),),
+        recipe=Recipe(epochs=2, batch=64, lr=1e-2),
+        backends=(Float32(), OnnxRuntime(of=PTQ()), OnnxRuntime(of=QAT(epochs=1)), QAT(epochs=1), QAT(4, 4, epochs=1), Float16()),
+        policies=(Entropy(),),
+        budgets=(0.01, 0.7, 1.0),
+        boards=(Host(launches=1, warmup=1),),
+        time_samples=4,
+        replay_samples=12,
+    )
+    return Experiment(**{**given, **fields})
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The experiment, run once; its results folder and the trainings that it made."""
+    results = tmp_path_factory.mktemp("results")
+    steps = []
+    Runner(experiment(), results, progress=lambda what, done, total: steps.append(what), log=lambda line: None).run()
+    return results, steps
+
+
+def records(results, kind=None):
+    loaded = load(results / "records", "small")
+    assert not loaded.troubles
+    return [r for r, _ in loaded.records if kind in (None, r.kind)]
+
+
+def test_every_fact_is_there_once(done):
+    results, _ = done
+    wanted = {f.name: f for f in facts_of(experiment())}
+    got = records(results)
+    names = [r.fact for r in got]
+    assert len(names) == len(set(names)) and set(names) <= set(wanted)
+    # What needs a skipped fact shares its fate and needs no record of its own.
+    skipped = {r.fact for r in got if r.kind == "skip"}
+    assert all(set(wanted[n].needs) & skipped for n in set(wanted) - set(names))
+    assert {r.kind for r in got} == {"eval", "measure", "decide", "replay", "skip"}
+
+
+def test_again_does_nothing(done):
+    results, _ = done
+    before = sorted(p.name for p in (results / "records" / "small").iterdir())
+    runner = Runner(experiment(), results, log=lambda line: None)
+    assert runner.todo() == []
+    runner.run()
+    assert sorted(p.name for p in (results / "records" / "small").iterdir()) == before
+
+
+def test_one_qat_under_two_engines_trains_once(done):
+    results, _ = done
+    trainings = sorted(p.name for p in (results / "cache" / "trained").iterdir())
+    # per network: itself, QAT at 8 bits (engine and fake-quant share it), QAT at 4 bits
+    assert len(trainings) == 2 * 3
+
+
+def test_the_engine_says_what_its_twin_says(done):
+    results, _ = done
+    for r in records(results, "eval"):
+        if r.facts["execution"] == "ONNX Runtime":
+            assert all(e["agreement"] > 0.95 and e["int8_macs_share"] == 1.0 for e in r.exits)
+
+
+def test_costs_are_counted_and_priced(done):
+    results, _ = done
+    by = {(r.facts["model"], r.facts["backend"]): r for r in records(results, "eval")}
+    fp32, int8, int4 = (
+        by["Tiny", b].exits for b in ("Float32", "OnnxRuntime(of=PTQ)", "QAT(weight_bits=4, activation_bits=4, epochs=1)")
+    )
+    for a, b, c in zip(fp32, int8, int4, strict=True):
+        assert a["macs"] == b["macs"] == c["macs"] > 0
+        assert a["bops"] == 1024 * a["macs"] and b["bops"] == 64 * b["macs"] and 16 * c["macs"] < c["bops"] <= 64 * c["macs"]
+    assert int4[-1]["bops"] < int8[-1]["bops"]
+    assert by["Tiny static", "Float32"].exits[0]["macs"] < fp32[-1]["macs"]
+    assert by["Tiny", "Float32"].facts["ptflops_macs"]["aten"] == pytest.approx(fp32[-1]["macs"], rel=0.02)
+
+
+def test_decisions_keep_to_their_budget_on_val_and_infeasible_ones_say_so(done):
+    results, _ = done
+    for r in records(results, "decide"):
+        p = r.points[0]
+        assert p["spent_val"] <= p["budget"] + 1e-9 or p["arm"] == "kept"
+        assert sum(p["share"]) == pytest.approx(1) and p["n"] == 200
+    skipped = [r for r in records(results, "skip") if r.of == "decide"]
+    assert len(skipped) == 11 and all(
+        "least possible" in r.reason for r in skipped
+    )  # 6 backends x 2 arms, less the reference's kept
+
+
+def test_what_is_simulated_is_scored_and_never_timed(done):
+    results, _ = done
+    simulated = {r.cell for r in records(results, "eval") if r.facts["simulated"]}
+    assert len(simulated) == 6
+    assert not simulated & {r.cell for r in records(results, "measure") + records(results, "replay")}
+    assert all("no latency" in r.reason for r in records(results, "skip") if r.of == "measure")
+
+
+def test_executed_decisions_are_the_offline_ones(done):
+    results, _ = done
+    for r in records(results, "replay"):
+        assert r.points[0]["same_exits"] >= 0.9 and r.points[0]["same_answers"] >= 0.9
+        assert r.points[0]["latency_ms_p50"] > 0 and r.points[0]["latency_ms_p90"] is None  # 12 samples are too few for it
+
+
+def test_a_record_says_where_it_comes_from(done):
+    results, _ = done
+    for r in records(results):
+        assert {"versions", "git", "device", "model", "dataset", "backend", "column", "position"} <= r.facts.keys()
+        assert r.spec["is"] == "Cell" and r.spec["recipe"]["epochs"] == 2
+
+
+def test_compact_predictions_lie_beside_the_record(done):
+    results, _ = done
+    for r, path in load(results / "records", "small").records:
+        if r.kind == "eval":
+            held = np.load(path.with_suffix(".npz"))
+            right = (held["argmax"] == held["labels"]).sum(1)
+            assert right.tolist() == [e["n_right"] for e in r.exits]
+
+
+def test_a_policy_added_later_trains_nothing(done, tmp_path):
+    shutil.copytree(done[0], tmp_path / "r")
+    steps = []
+    exp = experiment(policies=(Entropy(), Entropy(per_exit=True)), budgets=(0.7, 0.9))
+    Runner(exp, tmp_path / "r", progress=lambda what, *_: steps.append(what), log=lambda line: None).run()
+    assert not [s for s in steps if s.startswith(("train", "predict"))]
+    assert len(records(tmp_path / "r", "decide")) > len(records(done[0], "decide"))
+
+
+@dataclass(frozen=True)
+class Breaks(Backend):
+    """Source: a saboteur."""
+
+    how: str = "fail"
+
+    def why_not(self):
+        return "the vendor is not installed" if self.how == "absent" else None
+
+    def compress(self, model, calib, trainer, target="u8s8"):
+        raise Unsupported("layer stages.0 is odd") if self.how == "unsupported" else RuntimeError("kernel exploded")
+
+
+def test_a_backend_that_breaks_is_a_row_and_the_rest_goes_on(tmp_path):
+    exp = experiment(backends=(Float32(), Breaks(), Breaks("unsupported"), Breaks("absent")), policies=(), boards=())
+    said = []
+    Runner(exp, tmp_path, log=said.append).run()
+    kinds = sorted((r.kind, r.reason) for r in records(tmp_path))
+    assert [k for k, _ in kinds] == ["eval"] * 2 + ["fail"] * 2 + ["skip"] * 4
+    assert {reason for _, reason in kinds} == {
+        "",
+        "RuntimeError: kernel exploded",
+        "layer stages.0 is odd",
+        "the vendor is not installed",
+    }
+    again = Runner(exp, tmp_path, log=said.append)
+    assert {f.cell.backend for f in again.todo()} == {Breaks()}  # a failure is tried again, a skip is not
+
+
+def test_bf16_budgets_in_milliseconds_need_a_board():
+    with pytest.raises(UsageError, match="need a board"):
+        experiment(currency="ms", boards=())
+
+
+def test_budgets_in_milliseconds_are_fitted_on_measured_time(tmp_path):
+    exp = experiment(currency="ms", budgets=(100.0,), backends=(Float32(),))
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    (decide,) = records(tmp_path, "decide")
+    assert decide.board == "host" and 0 < decide.points[0]["spent"] < 100
+
+
+def test_two_processes_side_by_side_make_the_same_table(tmp_path, done):
+    exp = experiment(boards=())
+    Runner(exp, tmp_path, log=lambda line: None).run(jobs=2)
+    assert scores(tmp_path).keys() == {k for k in scores(done[0])}
+
+
+def scores(results):
+    """Everything that is not a time, by fact."""
+    return {
+        r.fact: json.dumps([r.exits, r.points, r.layers], sort_keys=True)
+        for r in records(results)
+        if r.kind in ("eval", "decide")
+    }
+
+
+SCRIPT = """
+import sys; sys.path.insert(0, {root!r})
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+from anytime.run import Runner
+from tests.test_run import experiment
+Runner(experiment(), Path(sys.argv[1]), log=lambda line: None).run()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
+    """kill -9 four times (`benchmarks/kill.py` does it 20 times), restarted each time."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", SCRIPT.format(root=str(ROOT)), str(folder)], env=env)
+
+    whole = start(tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        victim = start(tmp_path / "cut")
+        time.sleep(rng.uniform(3, 9))
+        victim.kill()
+        victim.wait()
+    assert start(tmp_path / "cut").wait() == 0 and whole.wait() == 0
+    assert scores(tmp_path / "cut") == scores(tmp_path / "whole")
+    facts = [r.fact for r in records(tmp_path / "cut")]
+    assert sorted(facts) == sorted({r.fact for r in records(tmp_path / "whole")})
+
+
+def test_forced_it_runs_again(tmp_path):
+    exp = experiment(backends=(Float32(),), policies=(), boards=())
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    runner = Runner(exp, tmp_path, log=lambda line: None)
+    runner.forget()
+    assert len(runner.todo()) == 2
+    runner.run()
+    assert len(records(tmp_path, "eval")) == 4
+
+
+def test_policies_refuse_a_network_that_saw_their_samples(tmp_path, monkeypatch):
+    from anytime import workshop
+
+    fit = workshop.Trainer.fit
+
+    def peeking(self, model, **kw):
+        model = fit(self, model, **kw)
+        model.trained_on = model.trained_on | self.train.origins
+        return model
+
+    monkeypatch.setattr(workshop.Trainer, "fit", peeking)
+    Runner(experiment(backends=(Float32(),), boards=()), tmp_path, log=lambda line: None).run()
+    assert not records(tmp_path, "decide")
+    assert all("trained on the samples" in r.reason for r in records(tmp_path, "skip"))
+
+
+def test_kept_thresholds_are_the_float_networks(done):
+    results, _ = done
+    points = [(r, r.points[0]) for r in records(results, "decide")]
+    floats = {(p["budget"]): p["policy"] for r, p in points if r.facts["backend"] == "Float32"}
+    kept = [(p["policy"], floats[p["budget"]]) for r, p in points if p["arm"] == "kept"]
+    assert kept and all(a == b for a, b in kept)
+
+
+def test_overridden_recipes_make_other_cells():
+    a = [f.name for f in facts_of(experiment())]
+    b = [f.name for f in facts_of(experiment(recipe=replace(experiment().recipe, epochs=3)))]
+    assert not set(a) & set(b)

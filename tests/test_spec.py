@@ -1,0 +1,124 @@
+"""Keys, plain forms and overrides."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anytime.errors import UsageError
+from anytime.spec import Spec, key, override, plain
+
+
+@dataclass(frozen=True)
+class Inner(Spec):
+    epochs: int = 2
+    lr: float = 0.1
+    kind: Literal["a", "b"] = "a"
+    note: str = ""
+    on: bool = False
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outer(Spec):
+    name: str
+    inner: Inner = Inner()
+    many: tuple[Inner, ...] = (Inner(), Inner(epochs=3))
+    maybe: Inner | None = None
+    weight: float | None = None
+
+
+def grown(**defaults):
+    """Inner as a later version of the code has it: with one more field."""
+
+    @dataclass(frozen=True)
+    class Inner(Spec):  # the same class name: that is what a key sees
+        epochs: int = 2
+        lr: float = 0.1
+        later: int = 7
+
+    return Inner(**defaults)
+
+
+def test_a_new_field_with_a_default_moves_no_key():
+    assert key(Inner(epochs=5)) == key(grown(epochs=5))
+    assert key(Inner(epochs=5)) != key(grown(epochs=5, later=8))
+
+
+def test_a_version_moves_the_key():
+    @dataclass(frozen=True)
+    class Inner(Spec):
+        version: ClassVar[int] = 2
+        epochs: int = 2
+
+    assert key(Inner(epochs=5)) != key(globals()["Inner"](epochs=5))
+
+
+def test_keys_are_what_they_were():
+    """Keys name files that users have: they may not move. Regenerate only together with a version bump."""
+    from anytime.backends.ptq import PTQ
+    from anytime.models.branchynet import BLeNet
+    from anytime.models.static import Static
+    from anytime.train import Recipe
+
+    assert key(Inner()) == "74d67c8a5fdc"
+    assert [key(s) for s in (Recipe(), PTQ(4, 8), Static(BLeNet()))] == ["e4d55d7d2a4b", "96d1a8b4ab7c", "80b92da1ac1b"]
+
+
+specs = st.builds(
+    Inner, epochs=st.integers(0, 99), lr=st.floats(1e-6, 1), kind=st.sampled_from("ab"), note=st.text(max_size=5), on=st.booleans(),
+    sizes=st.lists(st.integers(0, 9), max_size=3).map(tuple),
+)  # fmt: skip
+
+
+@given(specs, specs)
+def test_keys_differ_exactly_when_specs_differ(a, b):
+    assert (key(a) == key(b)) == (a == b)
+    assert (plain(a) == plain(b)) == (a == b)
+
+
+@given(specs)
+def test_every_field_can_be_set_from_its_text(spec):
+    got = Inner()
+    for name in ("epochs", "lr", "kind", "note", "on", "sizes"):
+        got = override(got, name, str(getattr(spec, name)))
+    assert got == spec
+
+
+def test_one_and_true_are_not_the_same_value():
+    assert key(Inner(epochs=1)) != key(replace(Inner(), epochs=True))
+
+
+def test_override_reaches_into_specs_and_tuples():
+    out = Outer("x")
+    assert override(out, "inner.epochs", "9").inner.epochs == 9
+    assert override(out, "many.1.lr", "1").many[1].lr == 1.0
+    assert [i.epochs for i in override(out, "many.*.epochs", "7").many] == [7, 7]
+    assert override(out, "weight", "0.5").weight == 0.5
+    assert override(out, "weight", "None").weight is None
+
+
+@pytest.mark.parametrize(
+    "path, text, said",
+    [
+        ("inner.epoch", "1", "did you mean 'epochs'"),
+        ("inner.epochs", "1.5", "must be int"),
+        ("inner.epochs", "True", "must be int"),
+        ("inner.kind", "c", "one of 'a', 'b'"),
+        ("inner.sizes", "3", "must be tuple"),
+        ("many.5.lr", "1", "no index into 2 elements"),
+        ("many.*.nothing", "1", "no field 'nothing'"),
+        ("name.x", "1", "has no parts"),
+        ("maybe.epochs", "1", "has no parts"),
+    ],
+)
+def test_a_wrong_override_says_what_to_do(path, text, said):
+    with pytest.raises(UsageError, match=said):
+        override(Outer("x"), path, text)
+
+
+def test_a_spec_of_strange_things_is_refused():
+    with pytest.raises(TypeError, match="cannot be part of a spec"):
+        plain(replace(Outer("x"), weight=object()))
