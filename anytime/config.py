@@ -41,9 +41,8 @@ class Suite(Spec):
 class Experiment(Spec):
     """One question and everything that is run to answer it.
 
-    ``reference`` is the backend that losses, kept thresholds and budgets refer to (in FP32, on the suite's
-    first model, its last exit, all heads run); ``baseline`` the one whose latency speed-ups are taken over.
-    ``budgets`` are fractions of that reference's cost in ``currency``, or milliseconds when it is "ms".
+    ``reference`` is the backend that losses and kept thresholds refer to. ``budgets`` are fractions of the cost, in
+    ``currency``, of the suite's first model in FP32 (its last exit, all heads run), or milliseconds when it is "ms".
     ``replay_samples`` test samples are executed under each fitted policy on each board.
     """
 
@@ -56,7 +55,6 @@ class Experiment(Spec):
     budgets: tuple[float, ...]
     boards: tuple[Board, ...] = ()
     reference: Backend | None = None
-    baseline: Backend | None = None
     currency: Literal["macs", "bops", "ms"] = "macs"
     train_seeds: tuple[int, ...] = (0,)
     seeds: tuple[int, ...] = (0,)

@@ -29,7 +29,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
 
 
 def figure(rows: pd.DataFrame) -> Figure:
-    """Draw rows of ``report.rows``: a line of axes per data set.
+    """Draw rows of ``rows.rows``: a line of axes per data set.
 
     Left accuracy against MACs, then against the mean latency on each board (a policy's median is that of one of its exits).
     Colour: backend; marker: network; line: what executed it, joining its exits; hollow: policies (refitted); grey steps: the

@@ -178,8 +178,12 @@ METRICS: dict[str, Metric] = {
     "latency_ms_p50": Metric("ms", "lower", 3, "median wall time of one sample, batch 1, heads on the way included"),
     "latency_ms_p90": Metric("ms", "lower", 3, "90th percentile of the same"),
     "latency_ms_p99": Metric("ms", "lower", 3, "99th percentile of the same; absent under 662 samples"),
+    "latency_ms_mean": Metric("ms", "lower", 3, "mean of the same: a policy's median is just the latency of one of its exits"),
+    "latency_ms_spread": Metric("ms", "lower", 3, "largest minus smallest median over repeated measurements"),
     "cpu_ms": Metric("ms", "lower", 3, "mean process CPU time a sample, all threads: compares work on a noisy machine"),
-    "speedup": Metric("x", "higher", 2, "latency_ms_p50 of speedup_over divided by this row's"),
+    "speedup": Metric(
+        "x", "higher", 2, "mean latency of speedup_over divided by this row's, within sessions that timed both if any"
+    ),
     "agreement": Metric(
         "%", "higher", 2, "share of test samples on which the engine and its twin in torch say the same class, worst exit"
     ),
@@ -193,4 +197,5 @@ METRICS: dict[str, Metric] = {
     "nll": Metric("nats", "lower", 4, "mean negative log-likelihood"),
     "spent": Metric("", "", 3, "mean cost on test as a fraction of the reference's last exit"),
     "exit_flips": Metric("%", "lower", 2, "share of test samples that leave at another exit than under FP32 with the same arm"),
+    "same_exits": Metric("%", "higher", 1, "share of executed samples that left at the exit that the policy takes offline"),
 }

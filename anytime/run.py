@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import traceback
 import zlib
 from collections import defaultdict
@@ -20,16 +19,18 @@ import numpy as np
 import torch
 
 from anytime import machine
-from anytime.board import Board, Timing
+from anytime.board import Board
 from anytime.config import Cell, Experiment, Suite
 from anytime.cost import Cost, In
+from anytime.dataset import DatasetSpec
 from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unsupported, UsageError, WriteError
 from anytime.facts import Fact, facts_of, measured, reference_cell, state
-from anytime.metrics import Floats, Predictions, accuracy, correct, ece, nll
+from anytime.metrics import Floats, Predictions, accuracy
 from anytime.policy import PathCost, Policy
 from anytime.record import Kind, Record, append, load, newest
+from anytime.scoring import compact, eval_rows, int8_share, layer_rows, percentiles, ptflops_macs, size_bytes, timing_rows
 from anytime.spec import key, plain
-from anytime.train import Progress, silent
+from anytime.train import Progress, silent, write_atomically
 from anytime.workshop import Workshop
 
 Log = Callable[[str], None]
@@ -48,9 +49,16 @@ class Runner:
     def __post_init__(self) -> None:
         self.shop = Workshop(self.results / "cache", self.progress)
         self.root = self.results / "records"
-        self.known = newest(load(self.root, self.exp.name).records)
+        self.known = self._records()
         self.fitted: dict[str, Policy] = {}
+        self.unreadable: dict[DatasetSpec, DataError] = {}
         self.session = uuid4().hex[:8]  # measurements of one run, between which a ratio is fair
+
+    def _records(self) -> dict[str, tuple[Record, Path]]:
+        loaded = load(self.root, self.exp.name)
+        for trouble in loaded.troubles:
+            self.log(trouble)
+        return newest(loaded.records)
 
     # What is to be done ----------------------------------------------------------------------------------------
 
@@ -69,8 +77,14 @@ class Runner:
             self.shop.drop(cell)
 
     def run(self, jobs: int = 1) -> None:
-        """Everything that is missing: first what networks predict and policies decide, then what boards measure."""
+        """Everything that is missing: first what networks predict and policies decide, then what boards measure.
+
+        A data set that cannot be read stops its own suite; the others are run, then its DataError is raised.
+        """
         todo = self.todo()
+        if todo:
+            write_atomically(self.root / self.exp.name / "writable", b"")  # better now than after an hour
+            (self.root / self.exp.name / "writable").unlink()
         predicting = [f for f in todo if f.of == "eval" or (f.of == "decide" and self.exp.currency != "ms")]
         groups: dict[str, list[Fact]] = defaultdict(list)
         for fact in predicting:
@@ -80,9 +94,9 @@ class Runner:
             self._in_parallel(list(groups.values()), jobs)
         else:
             for facts in groups.values():
-                self.predict_and_decide(facts)
+                self._of_readable(facts[0].cell.data, lambda facts=facts: self.predict_and_decide(facts))  # type: ignore[misc]
         for suite in self.exp.suites:
-            for board in self.exp.boards:
+            for board in self.exp.boards if suite.data not in self.unreadable else ():
                 mine = [f for f in todo if f.suite == suite and f.board == board]
                 self._measure(suite, board, [f for f in mine if f.of == "measure"])
                 for fact in mine:
@@ -90,6 +104,16 @@ class Runner:
                         self._guarded(fact, self._decide)
                 self._replay(board, [f for f in mine if f.of == "replay"])
             self.shop.forget()
+        for error in self.unreadable.values():
+            raise error
+
+    def _of_readable(self, data: DatasetSpec, work: Callable[[], Any]) -> None:
+        if data not in self.unreadable:
+            try:
+                work()
+            except DataError as error:
+                self.log(f"{data.label} is left out: {error}")
+                self.unreadable[data] = error
 
     def predict_and_decide(self, facts: Sequence[Fact]) -> None:
         """Facts of one trained network that need no board."""
@@ -99,11 +123,14 @@ class Runner:
     def _in_parallel(self, groups: list[list[Fact]], jobs: int) -> None:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             threads = max(1, torch.get_num_threads() // jobs)
-            futures = [pool.submit(_group, self.exp, self.results, facts, threads, self.debug) for facts in groups]
+            futures = {pool.submit(_group, self.exp, self.results, facts, threads, self.debug): facts for facts in groups}
             for done in as_completed(futures):
-                for line in done.result():
-                    self.log(line)
-        self.known = newest(load(self.root, self.exp.name).records)
+                self._of_readable(futures[done][0].cell.data, lambda done=done: self._say_all(done.result()))  # type: ignore[misc]
+        self.known = self._records()
+
+    def _say_all(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.log(line)
 
     # One fact each ---------------------------------------------------------------------------------------------
 
@@ -129,43 +156,17 @@ class Runner:
     def _eval(self, fact: Fact) -> None:
         cell = fact.cell
         started = perf_counter()
-        predicted = self.shop.predictions(cell)
-        net, cost, test = self.shop.net(cell), self.shop.cost(cell), predicted["test"]
+        test, parts = self.shop.predictions(cell)["test"], self.shop.data(cell.data, cell.seed)
+        net, cost, plain_net = self.shop.net(cell), self.shop.cost(cell), cell.model.build(parts.input_shape, parts.n_classes)
         agreement = self.shop.agreement(cell, test.logits)
-        executed = net.executed(self.shop.data(cell.data, cell.seed).test.x[:1].numpy())
-        int8 = _int8_macs(cost, executed)
-        right = correct(test)
-        every = {what: cost.every(what) for what in ("macs", "bops", "params", "packed_bytes")}
-        exits = []
-        for k in range(test.n_exits):
-            exits.append(
-                {
-                    "exit": k, "n": len(test.labels), "n_right": int(right[k].sum()), "accuracy": float(right[k].mean()),
-                    "nll": nll(test.logits[k], test.labels), "ece": ece(test.logits[k], test.labels),
-                    **{what: float(values[k]) for what, values in every.items()},
-                    "activation_bytes": float(max(cost.stage.activation_bytes[: k + 1].max(), cost.head.activation_bytes[: k + 1].max())),
-                    "own_macs": cost.path((k,), k), "stage_macs": float(cost.stage.macs[k]), "head_macs": float(cost.head.macs[k]),
-                    "agreement": float(agreement[k]), "int8_macs_share": None if int8 is None else float(int8[k] / every["macs"][k]),
-                }
-            )  # fmt: skip
-        layers = [{**layer._asdict(), "executed": (executed or {}).get(layer.layer, "")} for layer in cost.layers]
-        with_files = _size_bytes(net)
-        compact = _npz(
-            argmax=test.logits.argmax(-1).astype(np.uint8 if test.logits.shape[-1] < 256 else np.uint16),
-            confidence=np.rint(_confidence(test.logits) * 255).astype(np.uint8),
-            labels=test.labels.astype(np.uint16),
-        )
+        executed = net.executed(parts.test.x[:1].numpy())
         facts = {
-            "execution": net.execution, "simulated": net.simulated, "size_bytes": with_files, "net": net.facts,
-            "trained_on": sorted(net.twin.trained_on), "ptflops_macs": self._ptflops(cell),
+            "execution": net.execution, "simulated": net.simulated, "size_bytes": size_bytes(net), "net": net.facts,
+            "trained_on": sorted(net.twin.trained_on), "ptflops_macs": ptflops_macs(plain_net, parts.input_shape),
             "wall_s": {**self.shop.wall_s.get(key(cell), {}), "all": perf_counter() - started},
         }  # fmt: skip
-        self._write(fact, "eval", exits=exits, layers=layers, facts=facts, attachments={".npz": compact})
-
-    def _ptflops(self, cell: Cell) -> dict[str, float] | str:
-        """ptflops' count of the float network, per exit it cannot tell: the whole network, all heads run."""
-        parts = self.shop.data(cell.data, cell.seed)
-        return _ptflops(cell.model.build(parts.input_shape, parts.n_classes), parts.input_shape)
+        rows: dict[str, Any] = {"exits": eval_rows(test, cost, agreement, executed), "layers": layer_rows(cost, executed)}
+        self._write(fact, "eval", **rows, facts=facts, attachments={".npz": compact(test)})
 
     def _decide(self, fact: Fact) -> None:
         assert fact.policy is not None
@@ -183,14 +184,14 @@ class Runner:
         answers = fitted.answer(test.logits, taken).argmax(-1)
         right = answers == test.labels
         share = np.bincount(taken, minlength=test.n_exits) / len(taken)
-        int8 = self._int8_share(cell, cost, fitted.uses(test.n_exits), share)
+        layers = self.known[fact.needs[0]][0].layers
         point = {
             "policy": plain(fitted), "policy_label": fact.policy.label, "arm": fact.arm, "budget": fact.budget, "currency": exp.currency,
             "n": len(taken), "n_right": int(right.sum()), "accuracy": float(right.mean()), "share": share.tolist(),
             "budget_cost": fact.budget * total, "spent": fitted.spends(test.logits, asked_of) / total,
             "spent_val": fitted.spends(val.logits, asked_of) / total,
             "macs": fitted.spends(test.logits, In(cost, "macs")), "bops": fitted.spends(test.logits, In(cost, "bops")),
-            "int8_macs_share": int8,
+            "int8_macs_share": int8_share(cost, layers, fitted.uses(test.n_exits), share),
             "exit_flips": None if cell == float_cell else float((taken != before).mean()),
             "taken": base64.b64encode(zlib.compress(taken.astype(np.uint8).tobytes(), 9)).decode(),
         }  # fmt: skip
@@ -224,18 +225,6 @@ class Runner:
             return timing, 1.0
         return In(cost, self.exp.currency), float(reference.every(self.exp.currency)[-1])
 
-    def _int8_share(self, cell: Cell, cost: Cost, uses: tuple[int, ...], share: Floats) -> float | None:
-        record = self.known.get(key(("eval", cell)))
-        if record is None or not any(layer["executed"] for layer in record[0].layers):
-            return None
-        executed = {layer["layer"]: layer["executed"] for layer in record[0].layers}
-        part = replace(cost, layers=(), stage=_only_int8(cost, executed, False), head=_only_int8(cost, executed, True))
-        paths = range(len(share))
-        return float(
-            sum(s * part.path(uses, k) for k, s in zip(paths, share, strict=True))
-            / sum(s * cost.path(uses, k) for k, s in zip(paths, share, strict=True))
-        )
-
     # Boards ----------------------------------------------------------------------------------------------------
 
     def _measure(self, suite: Suite, board: Board, facts: list[Fact]) -> None:
@@ -254,7 +243,7 @@ class Runner:
         self.progress(f"measure {len(ready)} networks on {board.name}", 1, 1)
         for fact, timing in zip(ready, timings, strict=True):
             self.shop.keep_timing(fact.name, timing)
-            exits = [_measured(timing, k) for k in range(len(timing.stage_ms))]
+            exits = timing_rows(timing)
             self._write(
                 fact, "measure", exits=exits, facts={"device": timing.facts, "launches": timing.launches, "session": self.session}
             )
@@ -294,7 +283,7 @@ class Runner:
                 "accuracy": float((ran.answers == offline.labels).mean()), "offline_accuracy": accuracy(offline, exits),
                 "same_exits": float((ran.exits == exits).mean()), "same_answers": float((ran.answers == answers).mean()),
                 "share": (np.bincount(ran.exits, minlength=offline.n_exits) / len(x)).tolist(),
-                **_percentiles(ran.wall_ms.ravel()), "latency_ms_mean": float(ran.wall_ms.mean()), "cpu_ms": float(ran.cpu_ms.mean()),
+                **percentiles(ran.wall_ms.ravel()), "latency_ms_mean": float(ran.wall_ms.mean()), "cpu_ms": float(ran.cpu_ms.mean()),
             }  # fmt: skip
             self._write(
                 fact, "replay", points=[point], facts={"device": ran.facts, "decides": fact.needs[0], "session": self.session}
@@ -337,72 +326,3 @@ def _group(exp: Experiment, results: Path, facts: list[Fact], threads: int, debu
     lines: list[str] = []
     Runner(exp, results, log=lines.append, debug=debug).predict_and_decide(facts)
     return lines
-
-
-def _confidence(logits: Floats) -> Floats:
-    z = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.asarray(1 / np.exp(z).sum(-1))
-
-
-def _npz(**arrays: Any) -> bytes:
-    body = io.BytesIO()
-    np.savez_compressed(body, **arrays)
-    return body.getvalue()
-
-
-def _size_bytes(net: Any) -> int:
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        return sum(p.stat().st_size for p in net.save(Path(folder)))
-
-
-def _only_int8(cost: Cost, executed: dict[str, str], head: bool) -> Any:
-    macs = np.zeros(len(cost.stage.macs))
-    for layer in cost.layers:
-        if layer.head == head and executed.get(layer.layer) == "int8":
-            macs[layer.exit] += layer.macs
-    return (cost.head if head else cost.stage)._replace(macs=macs)
-
-
-def _int8_macs(cost: Cost, executed: dict[str, str] | None) -> Floats | None:
-    """[E]: MACs that ran in 8-bit kernels on the way to each exit; None where the engine has no profile."""
-    if executed is None:
-        return None
-    return replace(cost, stage=_only_int8(cost, executed, False), head=_only_int8(cost, executed, True)).every("macs")
-
-
-def _percentiles(ms: Floats) -> dict[str, float | None]:
-    """p90 wants 64 samples, p99 wants 662 (MLPerf's rule for 99 % at 99 % confidence): absent means too few."""
-    p50, p90, p99 = (float(p) for p in np.percentile(ms, [50, 90, 99]))
-    return {
-        "latency_ms_p50": p50,
-        "latency_ms_p90": p90 if len(ms) >= 64 else None,
-        "latency_ms_p99": p99 if len(ms) >= 662 else None,
-    }
-
-
-def _measured(timing: Timing, k: int) -> dict[str, Any]:
-    whole = timing.to_exit(k)
-    return {
-        "exit": k, "n": len(whole), **_percentiles(whole), "latency_ms_mean": float(whole.mean()),
-        "cpu_ms": float(timing.to_exit(k, cpu=True).mean()), "stage_ms_p50": float(np.median(timing.stage_ms[k])),
-        "head_ms_p50": float(np.median(timing.head_ms[k])), "own_latency_ms_p50": float(np.median(timing.to_exit(k, (k,)))),
-    }  # fmt: skip
-
-
-def _ptflops(net: torch.nn.Module, shape: tuple[int, ...]) -> dict[str, float] | str:
-    """Both of ptflops' back ends; a sentence where it fails."""
-    from anytime.dataset import torchvision
-
-    try:
-        torchvision()  # ptflops imports it, and cannot without the shim
-        from ptflops import get_model_complexity_info
-
-        found = {}
-        for how in ("pytorch", "aten"):
-            macs, _ = get_model_complexity_info(net, shape, as_strings=False, print_per_layer_stat=False, backend=how)
-            found[how] = float(macs)
-        return found
-    except Exception as error:  # a peer's failure is a fact about the peer
-        return f"ptflops failed: {error}"

@@ -286,8 +286,12 @@ def write_atomically(path: Path, body: bytes) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder`` alone; another process waits. The system lets go of it when the process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as f:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise WriteError(f"cannot write to {folder}: {error.strerror or error}; free space or change its rights") from error
+    with lock as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 

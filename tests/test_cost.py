@@ -52,14 +52,14 @@ def test_b_lenet_by_hand():
     "spec, shape", [(BLeNet(), (1, 28, 28)), (BAlexNet(), (3, 32, 32)), (Tiny(), (3, 16, 16))], ids=lambda v: str(v)[:6]
 )
 def test_torch_and_ptflops_count_the_same(spec, shape):
-    from anytime.run import _ptflops
+    from anytime.scoring import ptflops_macs
 
     model = spec.build(shape, 10).eval()
     ours = account(net(model), shape).macs[-1]
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *shape))
     assert ours == counter.get_total_flops() / 2
-    theirs = _ptflops(model, shape)
+    theirs = ptflops_macs(model, shape)
     # ptflops adds biases, and its module counter BatchNorm, pooling and ReLU, which weigh more the smaller the network.
     assert theirs["aten"] == pytest.approx(ours, rel=0.06)
     assert ours <= theirs["pytorch"] <= 1.2 * ours

@@ -28,6 +28,7 @@ from anytime import figures, report
 from anytime.errors import UsageError, WriteError
 from anytime.metrics import METRICS, paired_loss, wilson
 from anytime.record import load, newest
+from anytime.rows import COLUMNS, mark_front, over_seeds
 from tests.golden.make import EXP, LABELS, Cell, Maker, N, first, make
 
 REPO = Path(__file__).parents[1]
@@ -133,7 +134,7 @@ def test_training_seeds_are_folded_with_a_t_interval(golden: pd.DataFrame) -> No
 
 @given(st.lists(st.floats(0.3, 0.7), min_size=2, max_size=12, unique=True))
 def test_the_interval_over_seeds_is_student_s(shares: list[float]) -> None:
-    mean, lo, hi = report.over_seeds(shares)
+    mean, lo, hi = over_seeds(shares)
     expected = stats.t.interval(0.95, len(shares) - 1, loc=np.mean(shares), scale=stats.sem(shares))
     assert mean == pytest.approx(np.mean(shares))
     assert (lo, hi) == pytest.approx((max(0, expected[0]), min(1, expected[1])), abs=1e-9)
@@ -188,6 +189,25 @@ def test_a_speedup_falls_back_on_the_reference_s_own_execution(to: Maker) -> Non
     Cell(to, 1, "LeNet", "OpenVINO(of=PTQ)", "INT8 PTQ", "OpenVINO").eval([first(3)], 8).measure(0.2)
     row = one(rows_of(to), execution="OpenVINO")
     assert (row["speedup"], row["speedup_over"]) == (pytest.approx(4.0), "LeNet FP32, torch")
+
+
+@pytest.mark.parametrize(
+    "sessions, speedup",
+    [
+        ({"a": 0.5, "b": 1.0, "d": 50.0}, (1.0 / 0.5 + 4.0 / 1.0) / 2),  # a and b are shared; c and d are not
+        ({"d": 0.5, "e": 1.5}, 6.5 / 1.0),  # none is shared: the pooled 1, 4, 9 and 100 over the pooled 0.5 and 1.5
+        ({"": 0.5}, 6.5 / 0.5),  # a record that does not say its session shares none, not even with its like
+    ],
+)
+def test_a_speedup_is_of_means_within_the_sessions_that_timed_both(to: Maker, sessions: dict[str, float], speedup: float) -> None:
+    base = Cell(to, 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)])
+    other = Cell(to, 1, "LeNet", "PTQ", "INT8 PTQ", "torch").eval([first(3)], 8)
+    for cell, means in ((base, {"a": 1.0, "b": 4.0, "c": 100.0, "": 9.0}), (other, sessions)):
+        for session, mean in means.items():
+            exits = [{"exit": 0, "n": 256, "latency_ms_p50": 7.0, "latency_ms_mean": mean}]
+            cell.record("measure", "measure-host", {"session": session} if session else {}, board="host", exits=exits)
+    row = one(rows_of(to), backend="PTQ")
+    assert (row["speedup"], row["speedup_over"]) == (pytest.approx(speedup), "LeNet FP32, torch")
 
 
 def test_a_policy_row_says_of_size_and_agreement_what_holds_for_the_whole_network(golden: pd.DataFrame) -> None:
@@ -338,7 +358,7 @@ def test_the_front_is_what_no_cheaper_row_reaches(said: list[tuple[int, list[flo
         {"dataset": "Toy", "board": "host", "latency_ms_p50": float(ms), "accuracy_lo": lo, "accuracy": mid, "accuracy_hi": hi}
         for ms, (lo, mid, hi) in said
     ]
-    report.mark_front(rows)
+    mark_front(rows)
     assert any(row["front"] for row in rows)
     for row in rows:
         cheaper = [r for r in rows if r["latency_ms_p50"] < row["latency_ms_p50"]]
@@ -359,7 +379,7 @@ def test_overlapping_intervals_are_not_bold_and_separate_ones_are() -> None:
         said | {"latency_ms_p50": 3.0, "accuracy_lo": 0.91, "accuracy_hi": 0.95},
         said | {"latency_ms_p50": math.nan, "accuracy_lo": 0.99, "accuracy_hi": 1.0},  # never timed: neither on it nor in its way
     ]
-    report.mark_front(rows)
+    mark_front(rows)
     assert [row["front"] for row in rows] == [True, False, True, False]
 
 
@@ -369,7 +389,7 @@ def test_the_mean_decides_for_a_policy_s_median_is_one_exit_s() -> None:
         said | {"latency_ms_p50": 1.0, "latency_ms_mean": 3.0, "accuracy_lo": 0.80, "accuracy_hi": 0.85},  # 51 % leave early
         said | {"latency_ms_p50": 2.0, "latency_ms_mean": 2.0, "accuracy_lo": 0.81, "accuracy_hi": 0.86},
     ]
-    report.mark_front(rows)
+    mark_front(rows)
     assert [row["front"] for row in rows] == [False, True]
 
 
@@ -456,7 +476,7 @@ def test_an_experiment_whose_every_record_is_torn_has_a_table(tmp_path: Path) ->
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "torn.json").write_text("{")
     rows = report.rows(tmp_path, "x")
-    assert rows.empty and list(rows.columns) == list(report.COLUMNS)
+    assert rows.empty and list(rows.columns) == list(COLUMNS)
     assert "x/torn.json" in report.show(rows, "md") and "Unreadable files: 1" in report.show(rows)
     assert report.show(rows, "csv").count("\n") == 1 and report.show(rows, "tex")
     figures.draw(rows, tmp_path / "x.svg")

@@ -12,7 +12,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "errors": "", "stops": "", "cpu": "", "layers": "", "machine": "",
     "spec": "", "metrics": "", "record": "",
     "progress": "", "augment": "dataset",
-    "figures": "metrics record", "report": "metrics record figures",
+    "rows": "metrics record", "figures": "metrics record", "report": "metrics record rows figures",
     "model": "spec", "dataset": "spec metrics", "policy": "spec metrics stops",
     "train": "spec model dataset",
     "quant": "model metrics",
@@ -26,7 +26,8 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "find": "spec config",
     "facts": "spec config model dataset backend board policy record",
     "workshop": "spec metrics model models dataset train backend board config cost",
-    "run": "spec metrics record model dataset train backend board config cost policy facts workshop machine",
+    "scoring": "metrics dataset backend board cost",
+    "run": "scoring spec metrics record model dataset train backend board config cost policy facts workshop machine",
     "listing": "spec record config facts",
     "__main__": " ".join(EVERYTHING - {"__main__"}),
 }  # fmt: skip
@@ -34,9 +35,9 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
 HEAVY = {  # vendor -> rooms that may import it at the top of a file; the others only inside a method
     "torch": {
         *("model", "layers", "dataset", "augment", "train", "quant", "backend", "cost", "models", "datasets", "backends", "boards"),
-        *("workshop", "run", "machine"),
+        *("workshop", "scoring", "run", "machine"),
     },
-    "pandas": {"report", "figures"},
+    "pandas": {"rows", "report", "figures"},
     "matplotlib": {"figures"},
     "onnx": {"quant"},
     "rich": {"progress"},

@@ -1,0 +1,126 @@
+"""What a record says: of predictions, of costs, of times."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from anytime.backend import Deployable
+from anytime.board import Timing
+from anytime.cost import Cost, LinkCost
+from anytime.dataset import torchvision
+from anytime.metrics import Floats, Predictions, correct, ece, nll
+
+
+def eval_rows(test: Predictions, cost: Cost, agreement: Floats, executed: dict[str, str] | None) -> list[dict[str, Any]]:
+    """One row per exit: what it scores, and what leaving there costs with every head on the way run."""
+    right, int8 = correct(test), only_int8(cost, executed).every("macs") if executed else None
+    every = {what: cost.every(what) for what in ("macs", "bops", "params", "packed_bytes")}
+    rows = []
+    for k in range(test.n_exits):
+        passed = slice(0, k + 1)
+        rows.append(
+            {
+                "exit": k, "n": len(test.labels), "n_right": int(right[k].sum()), "accuracy": float(right[k].mean()),
+                "nll": nll(test.logits[k], test.labels), "ece": ece(test.logits[k], test.labels),
+                **{what: float(values[k]) for what, values in every.items()},
+                "activation_bytes": float(max(part.activation_bytes[passed].max() for part in (cost.stage, cost.head))),
+                "own_macs": cost.path((k,), k), "stage_macs": float(cost.stage.macs[k]), "head_macs": float(cost.head.macs[k]),
+                "agreement": float(agreement[k]),
+                "int8_macs_share": None if int8 is None else float(int8[k] / every["macs"][k]),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def layer_rows(cost: Cost, executed: dict[str, str] | None) -> list[dict[str, Any]]:
+    """One row per layer that multiplies; ``executed`` is the number type of its kernel, "" where no profile tells."""
+    return [{**layer._asdict(), "executed": (executed or {}).get(layer.layer, "")} for layer in cost.layers]
+
+
+def only_int8(cost: Cost, executed: dict[str, str]) -> Cost:
+    """The part of a cost whose MACs ran in 8-bit kernels."""
+
+    def part(link: LinkCost, head: bool) -> LinkCost:
+        macs = np.zeros(len(link.macs))
+        for layer in cost.layers:
+            if layer.head == head and executed.get(layer.layer) == "int8":
+                macs[layer.exit] += layer.macs
+        return link._replace(macs=macs)
+
+    return replace(cost, stage=part(cost.stage, False), head=part(cost.head, True))
+
+
+def int8_share(cost: Cost, layers: list[dict[str, Any]], uses: tuple[int, ...], share: Floats) -> float | None:
+    """Share of the MACs that ran in 8-bit kernels when share [E] of the samples leave at each exit; None without a profile."""
+    executed = {layer["layer"]: layer["executed"] for layer in layers if layer["executed"]}
+    if not executed:
+        return None
+    part = only_int8(cost, executed)
+    taken = [(s, k) for k, s in enumerate(share) if s > 0]
+    return float(sum(s * part.path(uses, k) for s, k in taken) / sum(s * cost.path(uses, k) for s, k in taken))
+
+
+def compact(test: Predictions) -> bytes:
+    """npz of the class said uint8 (uint16 from 256 classes on) and its confidence in 255ths uint8 [E, N], and the labels [N]."""
+    z = test.logits.astype(np.float64) - test.logits.max(-1, keepdims=True)
+    body = io.BytesIO()
+    np.savez_compressed(
+        body,
+        argmax=test.logits.argmax(-1).astype(np.uint8 if test.logits.shape[-1] < 256 else np.uint16),
+        confidence=np.rint(255 / np.exp(z).sum(-1)).astype(np.uint8),
+        labels=test.labels.astype(np.uint16),
+    )
+    return body.getvalue()
+
+
+def size_bytes(net: Deployable) -> int:
+    """Of the files that a board needs."""
+    with TemporaryDirectory() as folder:
+        return sum(p.stat().st_size for p in net.save(Path(folder)))
+
+
+def percentiles(ms: Floats) -> dict[str, float | None]:
+    """p50, p90 and p99 of ms [R]; p90 wants 64 samples and p99 662, fewer give None.
+
+    Source: MLPerf's early stopping rule: so many are needed to bound a percentile at 99 % confidence.
+    """
+    p50, p90, p99 = (float(p) for p in np.percentile(ms, [50, 90, 99]))
+    n = len(ms)
+    return {"latency_ms_p50": p50, "latency_ms_p90": p90 if n >= 64 else None, "latency_ms_p99": p99 if n >= 662 else None}
+
+
+def timing_rows(timing: Timing) -> list[dict[str, Any]]:
+    """One row per exit: the times to leave there with every head on the way run, and those of its own link."""
+    rows = []
+    for k in range(len(timing.stage_ms)):
+        whole = timing.to_exit(k)
+        rows.append(
+            {
+                "exit": k, "n": len(whole), **percentiles(whole), "latency_ms_mean": float(whole.mean()),
+                "cpu_ms": float(timing.to_exit(k, cpu=True).mean()), "stage_ms_p50": float(np.median(timing.stage_ms[k])),
+                "head_ms_p50": float(np.median(timing.head_ms[k])), "own_latency_ms_p50": float(np.median(timing.to_exit(k, (k,)))),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def ptflops_macs(net: nn.Module, shape: tuple[int, ...]) -> dict[str, float] | str:
+    """What both of ptflops' counters say of a float network, every exit run; a sentence where it fails."""
+    try:
+        torchvision()  # ptflops imports it, and cannot without the shim
+        from ptflops import get_model_complexity_info
+
+        found = {}
+        for how in ("pytorch", "aten"):
+            macs, _ = get_model_complexity_info(net, shape, as_strings=False, print_per_layer_stat=False, backend=how)
+            found[how] = float(macs)
+        return found
+    except Exception as error:  # a peer's failure is a fact about the peer
+        return f"ptflops failed: {error}"

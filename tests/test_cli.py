@@ -1,0 +1,219 @@
+"""The command line as a user meets it: one sentence for a mistake, the right exit code, no traceback."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+EXPERIMENT = """
+from anytime.backends.float import Float32
+from anytime.backends.ptq import PTQ
+from anytime.config import Experiment, Suite
+from anytime.datasets.npz import Npz
+from anytime.datasets.synthetic import Synthetic
+from anytime.models.branchynet import BLeNet
+from anytime.models.static import Static
+from anytime.policies.threshold import Entropy
+from anytime.train import Recipe
+
+EXPERIMENT = Experiment(
+    name="mine",
+    question="Mine?",
+    suites=(Suite({data}, (Static(BLeNet()), BLeNet())),),
+    recipe=Recipe(epochs=1),
+    backends=(Float32(), PTQ()),
+    policies=(Entropy(),),
+    budgets=(0.5,),
+)
+"""
+SMALL = "Synthetic(n=800, noise=0.25)"
+
+
+def anytime(*args, cwd, env=None, limit=None):
+    """Run the command; answer (exit code, stdout, stderr)."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "anytime", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
+        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
+    )  # fmt: skip
+    return ran.returncode, ran.stdout, ran.stderr
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A folder with a user's own experiment, run once."""
+    home = tmp_path_factory.mktemp("user")
+    (home / "mine.py").write_text(EXPERIMENT.format(data=SMALL))
+    assert anytime("run", home / "mine.py", cwd=home)[0] == 0
+    return home
+
+
+def wrong(answer, code, *said):
+    """One sentence with the fix, and that exit code."""
+    got, out, err = answer
+    assert got == code, (got, out, err)
+    assert "Traceback" not in err and "Traceback" not in out
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("anytime: ") and all(s in err for s in said), err
+
+
+def test_it_runs_prints_the_table_and_says_where_it_lies(ran):
+    code, out, err = anytime("run", "mine.py", cwd=ran)
+    assert code == 0 and "everything is there" in err
+    assert "FP32" in out and "INT8 PTQ" in out and "results/tables/mine.md" in out
+    assert {p.name for p in (ran / "results" / "tables").iterdir()} == {"mine.md", "mine.csv", "mine.tex"}
+    assert (ran / "results" / "figures" / "mine.svg").stat().st_size > 1000
+
+
+def test_list_cite_report_and_clean_cache(ran):
+    assert "7 done, 0 todo" in anytime("list", "mine.py", cwd=ran)[1]
+    assert "BranchyNet" in anytime("cite", "mine.py", cwd=ran)[1]
+    table = (ran / "results" / "tables" / "mine.md").read_bytes()
+    assert anytime("report", "mine.py", cwd=ran)[0] == 0
+    assert (ran / "results" / "tables" / "mine.md").read_bytes() == table
+    code, out, _ = anytime("clean-cache", cwd=ran)
+    assert code == 0 and "nothing was deleted" in out and (ran / "results" / "cache" / "trained").is_dir()
+
+
+def test_the_table_can_be_made_without_torch(ran):
+    code = "import sys; sys.modules['torch'] = None; from anytime.__main__ import main; sys.exit(main(['report', 'mine']))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ran, capture_output=True, env=env).returncode == 0
+
+
+def test_an_override_is_another_experiment(ran, tmp_path):
+    code, out, _ = anytime(
+        "run", "mine.py", "--set", "recipe.epochs=2", "--set", "train_seeds=(0,)", "--results", tmp_path, cwd=ran
+    )
+    assert code == 0
+    (folder,) = (tmp_path / "records").iterdir()
+    assert folder.name.startswith("mine-")
+
+
+def test_jobs_give_the_same_rows(ran, tmp_path):
+    assert anytime("run", "mine.py", "--jobs", 2, "--results", tmp_path, cwd=ran)[0] == 0
+    assert (tmp_path / "tables" / "mine.csv").read_text().count("\n") == (
+        ran / "results" / "tables" / "mine.csv"
+    ).read_text().count("\n")
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("run", "qat_branchinet"), "did you mean 'qat_branchynet'"),
+        (("run", "nowhere/mine.py"), "no experiment file nowhere/mine.py"),
+        (("run", "mine.py", "--set", "recipe.epoch=1"), "did you mean 'epochs'"),
+        (("run", "mine.py", "--set", "recipe.epochs=many"), "must be int"),
+        (("run", "mine.py", "--set", "recipe.optimizer=SDG"), "did you mean 'SGD'"),
+        (("run", "mine.py", "--set", "recipe"), "say which field and which value"),
+        (("run", "mine.py", "--set", "budgets=(0,)"), "must be tuple[float, ...]"),
+        (("run", "mine.py", "--set", "budgets=(0.0,)"), "must all be above 0"),
+        (("run", "mine.py", "--set", "backends=()"), "backends is empty"),
+        (("run", "mine.py", "--format", "xls"), "no such format"),
+        (("run", "mine.py", "--jobs", "0"), "give 1 or more"),
+        (("report", "myne"), "did you mean 'mine'"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else " ".join(v[1:]),
+)
+def test_a_wrong_question(ran, args, said):
+    wrong(anytime(*args, cwd=ran), 2, said)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("1 / 0", "line 1: ZeroDivisionError"),
+        ("from anytime.models.branchynet import BLeNett", "cannot import name 'BLeNett'"),
+        ("from anytime.boards.hosst import Host", "No module named"),
+        ("this is no Python", "SyntaxError"),
+        ("x = 1", "defines no EXPERIMENT"),
+        (EXPERIMENT.format(data=SMALL).replace('"mine"', '"yours"'), "is called as its file"),
+        (EXPERIMENT.format(data=SMALL).replace("PTQ()", "PTQ(weight_bits=1)"), ""),
+    ],
+    ids=["raises", "unknown model", "unknown board", "syntax", "empty", "misnamed", "one bit"],
+)
+def test_a_wrong_experiment_file(tmp_path, text, said):
+    (tmp_path / "mine.py").write_text(text)
+    answer = anytime("run", "mine.py", cwd=tmp_path)
+    if said:
+        wrong(answer, 2, said)
+    else:  # a backend that cannot be is a row with its reason, and the rest is run
+        assert answer[0] == 0 and "weight bits 1" in answer[2] and "FP32" in answer[1]
+
+
+@pytest.mark.parametrize(
+    "arrays, said",
+    [
+        (dict(y_train=np.zeros(600, int)), "one class"),
+        (dict(x_train=np.full((600, 1, 28, 28), np.nan, np.float32)), "NaN"),
+        (None, "missing"),
+    ],
+    ids=["one class", "NaN", "missing"],
+)
+def test_data_that_cannot_be_used(tmp_path, arrays, said):
+    rng = np.random.default_rng(0)
+    good = dict(
+        x_train=rng.random((600, 1, 28, 28), np.float32), y_train=rng.integers(0, 3, 600),
+        x_test=rng.random((60, 1, 28, 28), np.float32), y_test=rng.integers(0, 3, 60),
+    )  # fmt: skip
+    if arrays is not None:
+        np.savez(tmp_path / "d.npz", **{**good, **arrays})
+    (tmp_path / "mine.py").write_text(EXPERIMENT.format(data='Npz("d.npz", calib=50, tune=50, val=50, hold=50)'))
+    wrong(anytime("run", "mine.py", cwd=tmp_path), 1, "d.npz" if said == "missing" else said)
+
+
+def test_real_data_that_is_not_there(tmp_path):
+    env = {"ANYTIME_DATA": str(tmp_path / "none")}
+    wrong(anytime("run", "qat_branchynet", "--results", tmp_path / "r", cwd=ROOT, env=env), 1, "ANYTIME_DATA", "MNIST")
+
+
+def test_tampered_data_is_refused(tmp_path):
+    data = os.environ.get("ANYTIME_DATA")
+    if not data:
+        pytest.skip("ANYTIME_DATA names no folder with MNIST's files")
+    shutil.copytree(Path(data) / "MNIST", tmp_path / "MNIST")
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    body = bytearray(file.read_bytes())
+    body[1000] ^= 1
+    file.write_bytes(body)
+    env = {"ANYTIME_DATA": str(tmp_path)}
+    args = ("run", "qat_branchynet", "--set", "suites.*.data.limit=2000", "--results", tmp_path / "r")
+    wrong(anytime(*args, cwd=ROOT, env=env), 1, "train-images-idx3-ubyte", "not the published file")
+
+
+def test_a_hurt_checkpoint_fails_its_cells_and_says_what_to_delete(ran, tmp_path):
+    shutil.copytree(ran / "results" / "cache", tmp_path / "cache")
+    for path in (tmp_path / "cache" / "trained").rglob("weights.safetensors"):
+        path.write_bytes(path.read_bytes()[:-8])
+    shutil.rmtree(tmp_path / "cache" / "predictions")
+    code, out, err = anytime("run", ran / "mine.py", "--results", tmp_path, cwd=ran)
+    assert code == 1 and "Traceback" not in err and "not as they were written" in err and "fail" in out + err
+
+
+def test_a_torn_record_is_said_and_made_again(ran, tmp_path):
+    shutil.copytree(ran / "results", tmp_path / "r")
+    victim = next(p for p in (tmp_path / "r" / "records" / "mine").glob("*-eval-*.json"))
+    victim.write_text(victim.read_text()[:100])
+    code, _, err = anytime("run", ran / "mine.py", "--results", tmp_path / "r", cwd=ran)
+    assert code == 0 and f"{victim.name} cannot be read" in err and "1 facts to do" in err
+
+
+def test_a_full_disk_is_said_at_once(ran, tmp_path):
+    wrong(anytime("run", "mine.py", "--results", tmp_path, cwd=ran, limit=50_000), 1, "cannot write", "free space")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix == ".json" and not p.read_text().endswith("}")]
+
+
+def test_no_permission_is_said_at_once(ran):
+    wrong(anytime("run", "mine.py", "--results", "/dev/null/here", cwd=ran), 1, "cannot write", "/dev/null/here")
+
+
+def test_debug_shows_the_traceback(ran):
+    code, _, err = anytime("run", "mine.py", "--set", "recipe.epoch=1", "--debug", cwd=ran)
+    assert code == 2 and "Traceback" in err
