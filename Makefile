@@ -47,7 +47,7 @@ clean-cache: $(BIN)/.installed ## say how large the cache is; YES=1 deletes it
 	@$(ANYTIME) clean-cache --results '$(RESULTS)' $(if $(YES),--yes)
 
 test: $(BIN)/.installed-test ## install what tests need, and run them
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(BIN)/.installed-test ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .

@@ -42,11 +42,16 @@ class Deployable(ABC):
         """E."""
         return self.twin.n_exits
 
+    @property
+    def restarts(self) -> bool:
+        """Whether every stage starts again from the input."""
+        return self.twin.restarts
+
     def plan(self, exits: Sequence[int]) -> Plan:
-        """Segments that read just the heads of ``exits``: each a fused run of stages and its head."""
+        """Segments that read just the heads of ``exits``: each a fused run of stages and its head (stages that restart: one)."""
         segments, first = [], 0
         for k in sorted(exits):
-            segments.append(Segment(first, k + 1, k))
+            segments.append(Segment(k if self.restarts else first, k + 1, k))
             first = k + 1
         return tuple(segments)
 
@@ -107,11 +112,13 @@ class TorchNet(Deployable):
 
     @torch.inference_mode()
     def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
-        for k in range(segment.first, segment.stop):
+        entered, stages = state, range(segment.first, segment.stop)
+        for k in stages[-1:] if self.restarts else stages:
             state = self.twin.stages[k](state)
         if segment.head is None:
             return state, None
-        return state, self.twin.heads[segment.head](state).float().numpy()
+        logits = self.twin.heads[segment.head](state).float().numpy()
+        return (entered if self.restarts else state), logits
 
     def save(self, folder: Path) -> list[Path]:
         body = io.BytesIO()

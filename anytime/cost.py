@@ -88,12 +88,13 @@ def account(net: Deployable, input_shape: tuple[int, ...]) -> Cost:
     """
     twin = net.twin
     dtype = next(twin.parameters()).dtype
-    state: Any = torch.zeros(1, *input_shape, dtype=dtype)
+    x = torch.zeros(1, *input_shape, dtype=dtype)
+    state: Any = x
     layers: list[LayerCost] = []
     stages: list[dict[str, float]] = []
     heads: list[dict[str, float]] = []
     for k in range(twin.n_exits):
-        after, found, priced = _count(twin.stages[k], f"stages.{k}", state, net, k, head=False)
+        after, found, priced = _count(twin.stages[k], f"stages.{k}", x if twin.restarts else state, net, k, head=False)
         layers += found
         stages.append(priced)
         state = after

@@ -17,7 +17,10 @@ State = Any  # a Tensor, or a tuple of Tensors: what one stage hands to the next
 
 
 class Segment(NamedTuple):
-    """What runs without asking anybody: stages[first:stop] in their order, then one head or none."""
+    """What runs without asking anybody: stages[first:stop] in their order, then one head or none.
+
+    Of stages that restart only the last one runs. Without a head the state after them is what that head reads.
+    """
 
     first: int
     stop: int
@@ -30,7 +33,8 @@ Plan = tuple[Segment, ...]
 class AnytimeModel(nn.Module):
     """Stage k maps state to state, head k maps state to logits [B, K]; the input is state 0.
 
-    ``restarts``: stage k starts again from x, nothing before it can be reused (IResNeXt).
+    ``restarts``: every stage starts again from x, nothing before it can be reused (IResNeXt): the state that goes from
+    segment to segment is x itself, and a stage maps it to what its own head reads.
     ``trained_on``: digests of the parts whose samples it has learned from; imported weights name the
     whole published training set.
     """
@@ -53,7 +57,7 @@ class AnytimeModel(nn.Module):
         """x [B, ...] -> logits of every exit [E, B, K]."""
         logits, state = [], x
         for stage, head in zip(self.stages, self.heads, strict=True):
-            state = stage(state)
+            state = stage(x if self.restarts else state)
             logits.append(head(state))
         return torch.stack(logits)
 

@@ -13,8 +13,9 @@ from anytime.backend import Backend, Bits, TorchNet
 from anytime.backends.float import Float32
 from anytime.backends.ptq import PTQ
 from anytime.backends.qat import QAT
+from anytime.cost import account
 from tests.contracts.backend import backend_keeps_its_promise
-from tests.worlds import data, trained, trainer
+from tests.worlds import Restarting, data, trained, trainer
 
 
 def keepers():
@@ -39,6 +40,14 @@ def test_backend(backend):
     if reason := backend.why_not():
         pytest.skip(reason)
     backend_keeps_its_promise(backend, trained(), data(), trainer())
+
+
+@pytest.mark.parametrize("backend", list(variants()), ids=lambda b: b.label)
+def test_stages_that_restart(backend):
+    net = backend_keeps_its_promise(backend, trained(Restarting()), data(), trainer())
+    cost = account(net, (3, 16, 16))
+    assert cost.path((1,), 1) == cost.stage.macs[1] + cost.head.macs[1]  # jumped to
+    assert cost.macs[1] == cost.macs[0] + cost.path((1,), 1)  # one after another
 
 
 @dataclass(frozen=True)

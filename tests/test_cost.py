@@ -13,7 +13,7 @@ from anytime.model import AnytimeModel
 from anytime.models.branchynet import BAlexNet, BLeNet
 from anytime.models.static import Static
 from anytime.quant.graph import Widths, quantized
-from tests.worlds import Tiny
+from tests.worlds import Restarting, Tiny
 
 
 def net(model, bits=()):
@@ -90,14 +90,10 @@ def test_quantized_networks_count_as_their_float_twins():
 
 
 def test_stages_that_restart_are_not_added_up():
-    stages = [nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1)]
-    heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 2)) for c in (4, 8)]
-
-    class Restarting(AnytimeModel):
-        pass
-
-    model = Restarting([nn.Sequential(stages[0])], heads[:1], restarts=True)
-    assert account(net(model), (3, 5, 5)).path((0,), 0) == 3 * 4 * 25 + 8
+    cost = account(net(Restarting().build((3, 16, 16), 4)), (3, 16, 16))
+    first, second = 27 * 8 * 64 + 8 * 4, 27 * 16 * 64 + 16 * 4
+    assert cost.path((1,), 1) == second  # jumped to
+    assert cost.path((0, 1), 1) == cost.macs[1] == first + second  # one after another
 
 
 def test_it_refuses_to_say_zero():

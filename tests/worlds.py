@@ -35,6 +35,20 @@ class Tiny(ModelSpec):
         )
 
 
+@dataclass(frozen=True)
+class Restarting(ModelSpec):
+    """Two sub-networks that both start from the input, as IResNeXt's do."""
+
+    def build(self, input_shape, n_classes):
+        def sub(c):
+            return nn.Sequential(nn.Conv2d(input_shape[0], c, 3, 2, 1), nn.ReLU())
+
+        def head(c):
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_classes))
+
+        return AnytimeModel([sub(8), sub(16)], [head(8), head(16)], restarts=True)
+
+
 class Residual(nn.Module):
     """x + conv(relu(conv(x))), then relu."""
 
@@ -59,6 +73,6 @@ def trainer(**recipe) -> Trainer:
 
 
 @lru_cache
-def trained() -> AnytimeModel:
-    """Tiny, trained."""
-    return trainer().fit(Tiny().build((3, 16, 16), 4), fresh=0)
+def trained(spec: ModelSpec = Tiny()) -> AnytimeModel:
+    """Tiny, or another one, trained."""
+    return trainer().fit(spec.build((3, 16, 16), 4), fresh=0)

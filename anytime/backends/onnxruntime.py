@@ -66,7 +66,7 @@ class OnnxNet(Deployable):
         out = session.run(outputs, dict(zip(names, state, strict=True)))
         if segment.head is None:
             return out, None
-        return out[1:], out[0]
+        return (state if self.restarts else out[1:]), out[0]
 
     def save(self, folder: Path) -> list[Path]:
         """One file per link: stage and head as one graph."""
@@ -85,7 +85,7 @@ class OnnxNet(Deployable):
                 session, names, outputs = self._make(segment, profile=f"{folder}/profile")
                 out = session.run(outputs, dict(zip(names, state, strict=True)))
                 events = json.loads(Path(session.end_profiling()).read_text())
-            state = out[1:]
+            state = state if self.restarts else out[1:]
             # ONNX Runtime keeps a layer's name on the kernel that replaces it, with a suffix of its own.
             for event in events:
                 if event.get("cat") == "Node" and event["args"].get("op_name") in INT8_KERNELS:

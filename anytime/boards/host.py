@@ -305,7 +305,7 @@ class _Links:
         # The CPU's clock is the slow one to read: outside, so that wall times do not hold it.
         for stage, head in self.links:
             c0, w0 = process_time_ns(), perf_counter_ns()
-            if state is None:
+            if state is None or self.net.restarts:
                 state = start(sample)
             state, _ = step(stage, state)
             w1, c1 = perf_counter_ns(), process_time_ns()

@@ -95,13 +95,14 @@ class OnnxChain:
     def __init__(self, model: AnytimeModel, input_shape: tuple[int, ...], int_bias: bool) -> None:
         self.model, self.int_bias = model, int_bias
         # states[k] is what enters stage k: (shape without batch, its FakeQuant or None), nested as the state is.
-        state: Any = torch.zeros(1, *input_shape)
+        x = torch.zeros(1, *input_shape)
+        state: Any = x
         quant: Any = None
-        self.states = [_describe(state, None)]
+        self.states = [_describe(x, None)]
         with torch.inference_mode():
             for stage in model.stages:
                 assert isinstance(stage, fx.GraphModule)
-                state, quant = stage(state), _out_quant(stage, quant)
+                state, quant = stage(x if model.restarts else state), _out_quant(stage, quant)
                 self.states.append(_describe(state, quant))
             self.n_classes = model.heads[-1](state).shape[-1]
 
@@ -113,15 +114,17 @@ class OnnxChain:
         """
         w = Writer()
         first, stop, head = segment
-        inputs, value = _enter(w, self.states[first], "x" if first == 0 else "state")
-        for k in range(first, stop):
+        restarts = self.model.restarts
+        fresh = first == 0 or (restarts and stop > first)  # it begins from the input
+        inputs, value = _enter(w, self.states[0 if fresh else first], "x" if fresh else "state")
+        for k in range(first, stop)[-1:] if restarts else range(first, stop):
             value = _link(w, self.model.stages[k], f"stages.{k}", value, self.int_bias)
         outputs = []
         if head is not None:
             logits = _link(w, self.model.heads[head], f"heads.{head}", value, self.int_bias)
             w.nodes.append(helper.make_node("Identity", [logits.name], ["logits"], "logits"))
             outputs.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", self.n_classes]))
-        if stop > first and (stop < self.model.n_exits or head is None):
+        if stop > first and (head is None or (stop < self.model.n_exits and not restarts)):
             outputs += _leave(w, value, self.states[stop])
         graph = helper.make_graph(w.nodes, _title(segment), inputs, outputs, list(w.initializers.values()))
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="anytime")
