@@ -6,20 +6,20 @@ import base64
 import traceback
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
 import torch
 
 from anytime import machine
-from anytime.board import Board
+from anytime.board import Board, Replayed, Timing
 from anytime.config import Cell, Experiment, Suite
 from anytime.cost import Cost, In
 from anytime.dataset import DatasetSpec
@@ -34,6 +34,7 @@ from anytime.train import Progress, silent, write_atomically
 from anytime.workshop import Workshop
 
 Log = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass
@@ -238,15 +239,30 @@ class Runner:
         if not ready:
             return
         x = self._samples(ready[0].cell, self.exp.time_samples)
-        self.progress(f"measure {len(ready)} networks on {board.name}", 0, 1)
-        timings = board.time([self.shop.net(f.cell) for f in ready], x)
-        self.progress(f"measure {len(ready)} networks on {board.name}", 1, 1)
-        for fact, timing in zip(ready, timings, strict=True):
+
+        def measure(facts: list[Fact]) -> list[Timing]:
+            self.progress(f"measure {len(facts)} networks on {board.name}", 0, 1)
+            timings = board.time([self.shop.net(f.cell) for f in facts], x)
+            self.progress(f"measure {len(facts)} networks on {board.name}", 1, 1)
+            return timings
+
+        for fact, timing in self._together(ready, measure):
             self.shop.keep_timing(fact.name, timing)
-            exits = timing_rows(timing)
-            self._write(
-                fact, "measure", exits=exits, facts={"device": timing.facts, "launches": timing.launches, "session": self.session}
-            )
+            facts_said = {"device": timing.facts, "launches": timing.launches, "session": self.session}
+            self._write(fact, "measure", exits=timing_rows(timing), facts=facts_said)
+
+    def _together(self, facts: list[Fact], work: Callable[[list[Fact]], list[T]]) -> Iterator[tuple[Fact, T]]:
+        """Work on all at once, so that they are compared within one session; if that breaks, one by one: only the culprit fails."""
+        try:
+            results = work(facts)
+        except AnytimeError as error:
+            if len(facts) == 1:
+                return self._write(facts[0], "fail", reason=str(error))
+            self.log(f"together: {error} Now one by one.")
+            for fact in facts:
+                yield from self._together([fact], work)
+            return None
+        yield from zip(facts, results, strict=True)
 
     def _timeable(self, fact: Fact) -> bool:
         """Whether the board can time it; a skip says why not."""
@@ -258,21 +274,26 @@ class Runner:
 
     def _replay(self, board: Board, facts: list[Fact]) -> None:
         """Execute decisions, interleaved."""
-        ready: list[tuple[Fact, Policy]] = []
+        policies: dict[str, Policy] = {}
+
+        def refit(f: Fact) -> None:
+            policies[f.name] = self._fit(replace(f, board=f.board if self.exp.currency == "ms" else None))
+
         for fact in facts:
-
-            def check(f: Fact) -> None:
-                ready.append((f, self._fit(replace(f, board=f.board if self.exp.currency == "ms" else None))))
-
-            self._guarded(fact, check)
+            self._guarded(fact, refit)
+        ready = [f for f in facts if f.name in policies]
         if not ready:
             return
-        cell = ready[0][0].cell
-        x = self._samples(cell, self.exp.replay_samples)
-        self.progress(f"execute {len(ready)} decisions on {board.name}", 0, 1)
-        runs = board.run([(self.shop.net(f.cell), policy) for f, policy in ready], x)
-        self.progress(f"execute {len(ready)} decisions on {board.name}", 1, 1)
-        for (fact, policy), ran in zip(ready, runs, strict=True):
+        x = self._samples(ready[0].cell, self.exp.replay_samples)
+
+        def execute(facts: list[Fact]) -> list[Replayed]:
+            self.progress(f"execute {len(facts)} decisions on {board.name}", 0, 1)
+            runs = board.run([(self.shop.net(f.cell), policies[f.name]) for f in facts], x)
+            self.progress(f"execute {len(facts)} decisions on {board.name}", 1, 1)
+            return runs
+
+        for fact, ran in self._together(ready, execute):
+            policy = policies[fact.name]
             test = self.shop.predictions(fact.cell)["test"]
             offline = Predictions(test.logits[:, : len(x)], test.labels[: len(x)], "test")
             exits = policy.exits(offline.logits)

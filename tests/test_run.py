@@ -21,7 +21,7 @@ from anytime.backends.qat import QAT
 from anytime.boards.host import Host
 from anytime.config import Experiment, Suite
 from anytime.datasets.synthetic import Synthetic
-from anytime.errors import Unsupported, UsageError
+from anytime.errors import AnytimeError, Unsupported, UsageError
 from anytime.facts import facts_of
 from anytime.models.static import Static
 from anytime.policies.threshold import Entropy
@@ -194,7 +194,29 @@ def test_a_backend_that_breaks_is_a_row_and_the_rest_goes_on(tmp_path):
     assert {f.cell.backend for f in again.todo()} == {Breaks()}  # a failure is tried again, a skip is not
 
 
-def test_bf16_budgets_in_milliseconds_need_a_board():
+@dataclass(frozen=True)
+class Explosive(Host):
+    """A board on which INT8 networks crash. Source: a saboteur."""
+
+    launches: int = 1
+    warmup: int = 1
+
+    def time(self, nets, x):
+        if any(net.bits for net in nets):
+            raise AnytimeError("the child died of SIGSEGV.")
+        return super().time(nets, x)
+
+
+def test_a_network_that_crashes_the_board_fails_alone(tmp_path):
+    exp = experiment(backends=(Float32(), OnnxRuntime(of=PTQ())), policies=(), boards=(Explosive(),))
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    assert len(records(tmp_path, "measure")) == 2
+    assert [(r.of, r.reason, r.facts["column"]) for r in records(tmp_path, "fail")] == [
+        ("measure", "the child died of SIGSEGV.", "INT8 PTQ")
+    ] * 2
+
+
+def test_budgets_in_milliseconds_need_a_board():
     with pytest.raises(UsageError, match="need a board"):
         experiment(currency="ms", boards=())
 
