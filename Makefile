@@ -11,7 +11,7 @@ SETS   := $(foreach s,$(SET),--set '$(s)')
 COMMON := $(SETS) --results '$(RESULTS)' $(if $(DEBUG),--debug)
 
 .DEFAULT_GOAL := help
-.PHONY: help exp list report cite clean-cache install test check format bench smoke
+.PHONY: help exp list report cite zoo clean-cache install test check format bench smoke
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ report: $(BIN)/.installed ## write EXP's tables and figures from its records
 
 cite: $(BIN)/.installed ## print the sources of what EXP uses
 	@$(ANYTIME) cite '$(EXP)' $(COMMON)
+
+zoo: $(BIN)/.installed ## keep the networks that EXP has trained in results/zoo
+	@$(ANYTIME) zoo '$(EXP)' $(COMMON)
 
 clean-cache: $(BIN)/.installed ## say how large the cache is; YES=1 deletes it
 	@$(ANYTIME) clean-cache --results '$(RESULTS)' $(if $(YES),--yes)

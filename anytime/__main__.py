@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         ("list", "what an experiment asks for: todo, done, skip and why, fail"),
         ("report", "write tables and figures from the records, without running anything"),
         ("cite", "print the sources of what an experiment uses"),
+        ("zoo", "copy the networks that an experiment has trained to results/zoo, where every run finds them"),
         ("clean-cache", "say what the cache holds, and with --yes delete it"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; answer its exit code: 0, 1 for a failure, 2 for a wrong question, 130 when interrupted."""
     args = parser().parse_args(argv)
     try:
-        return {"run": _run, "list": _list, "report": _report, "cite": _cite, "clean-cache": _clean_cache}[args.command](args)
+        return {"run": _run, "list": _list, "report": _report, "cite": _cite, "zoo": _zoo, "clean-cache": _clean_cache}[
+            args.command
+        ](args)
     except AnytimeError as error:
         if args.debug:
             traceback.print_exc()
@@ -132,6 +135,15 @@ def _cite(args: argparse.Namespace) -> int:
     from anytime.listing import sources
 
     print(sources(experiment(args.experiment, args.sets)))
+    return 0
+
+
+def _zoo(args: argparse.Namespace) -> int:
+    from anytime.find import experiment
+    from anytime.zoo import add
+
+    for path in add(experiment(args.experiment, args.sets), args.results):
+        print(f"{path.stat().st_size / 1e6:6.2f} MB  {path}")
     return 0
 
 

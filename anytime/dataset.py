@@ -91,7 +91,7 @@ class Raw(NamedTuple):
     classes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec(Spec, ABC):
     """A data set that is not read yet.
 

@@ -82,6 +82,7 @@ def _publish(content: bytes, final: Path) -> Path:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(name, 0o644)  # a temporary file is its owner's alone
         try:
             os.link(name, final)  # raises if it exists: append-only by the file system, not by good manners
         except FileExistsError:

@@ -48,10 +48,11 @@ class Runner:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        self.shop = Workshop(self.results / "cache", self.progress)
+        self.shop = Workshop(self.results, self.progress)
         self.root = self.results / "records"
         self.known = self._records()
         self.fitted: dict[str, Policy] = {}
+        self.said: set[str] = set()
         self.unreadable: dict[DatasetSpec, DataError] = {}
         self.session = uuid4().hex[:8]  # measurements of one run, between which a ratio is fair
 
@@ -338,7 +339,10 @@ class Runner:
         self.known[fact.name] = (record, path)
         if kind in ("skip", "fail"):
             where = f" on {fact.board.name}" if fact.board else ""
-            self.log(f"{kind}: {cell.model.label}, {cell.backend.label}{where}, {fact.of}: {reason}")
+            line = f"{kind}: {cell.model.label}, {cell.backend.label}{where}, {fact.of}: {reason}"
+            if line not in self.said:
+                self.log(line)
+            self.said.add(line)
 
 
 def _group(exp: Experiment, results: Path, facts: list[Fact], threads: int, debug: bool) -> list[str]:

@@ -76,6 +76,7 @@ class Trainer:
     """All that a backend may learn from: val and test cannot be reached from it.
 
     ``folder`` holds checkpoints and finished weights, one subfolder per named training; None keeps nothing.
+    ``zoo`` holds finished weights that came with the repository, by the same names.
     ``key`` says whose training this is (data, model, recipe, seeds), so that a name within it is unique.
     """
 
@@ -84,6 +85,7 @@ class Trainer:
     train_seed: int
     augment: Augment | None = None
     folder: Path | None = None
+    zoo: Path | None = None
     key: str = ""
     progress: Progress = field(default=silent, compare=False)
 
@@ -117,11 +119,25 @@ class Trainer:
         if self.folder is None:
             _run(model, recipe, self, seed, name, None)
         else:
-            place = self.folder / f"{self.key}-{name}"
+            place = self.folder / self.place(name)
             with locked(place):
-                if not _load_finished(model, place):
+                if not self._load_finished(model, place):
                     _run(model, recipe, self, seed, name, place)
         return model.eval()
+
+    def place(self, name: str) -> str:
+        """What a training of this name is called on disk."""
+        return f"{self.key}-{name}"
+
+    def _load_finished(self, model: AnytimeModel, place: Path) -> bool:
+        found = [place / "weights.safetensors"]
+        if self.zoo is not None:
+            found.append(self.zoo / f"{place.name}.safetensors")
+        for path in found:
+            if path.exists():
+                load_weights(model, path)
+                return True
+        return False
 
 
 def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name: str, place: Path | None) -> None:
@@ -225,14 +241,6 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sche
         raise CorruptFile(f"the checkpoint {path} cannot be read ({_first_line(error)}): delete it and start again") from error
 
 
-def _load_finished(model: AnytimeModel, place: Path) -> bool:
-    path = place / "weights.safetensors"
-    if not path.exists():
-        return False
-    load_weights(model, path)
-    return True
-
-
 def save_weights(model: AnytimeModel, path: Path, facts: dict[str, str] | None = None) -> None:
     """Write weights, buffers, ``trained_on`` and ``facts`` to ``path``, with their sha256 beside it, atomically."""
     tensors = {n: t.detach().contiguous().clone() for n, t in model.state_dict().items()}
@@ -272,6 +280,7 @@ def write_atomically(path: Path, body: bytes) -> None:
             f.write(body)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(name, 0o644)  # a temporary file is its owner's alone
         os.replace(name, path)
         name = ""
     except OSError as error:

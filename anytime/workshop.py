@@ -34,12 +34,12 @@ PREDICTED: tuple[Predicted, ...] = get_args(Predicted)
 class Workshop:
     """Everything expensive, made once.
 
-    ``cache`` holds what can be made again: trainings (with a checkpoint per epoch), predictions, raw times.
-    A finished or interrupted training is found there by key.
+    ``results/cache`` holds what can be made again: trainings (with a checkpoint per epoch), predictions, raw times.
+    A finished or interrupted training is found there by key, else finished weights in ``results/zoo``.
     """
 
-    def __init__(self, cache: Path, progress: Progress = silent) -> None:
-        self.cache, self.progress = cache, progress
+    def __init__(self, results: Path, progress: Progress = silent) -> None:
+        self.cache, self.zoo, self.progress = results / "cache", results / "zoo", progress
         self.wall_s: dict[str, dict[str, float]] = {}  # cell key -> step -> seconds
         self._nets: dict[str, Deployable] = {}
 
@@ -56,10 +56,12 @@ class Workshop:
         parts = self.data(data, seed)
         torch.manual_seed(train_seed * 1000)
         net = model.build(parts.input_shape, parts.n_classes)
+        if net.trained_on:
+            return net.eval()  # published weights are taken as they are
         if recipe.start == "static":
-            trunk = model if isinstance(model, Static) else Static(model)
+            trunk = _trunk(model)
             base = self.trained(data, trunk, replace(recipe, start="scratch"), train_seed, seed)
-            _inherit(net, base)
+            _inherit(net, base, alike=trunk == model)
         return self.trainer(data, model, recipe, train_seed, seed).fit(net)
 
     def trainer(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> Trainer:
@@ -71,7 +73,7 @@ class Workshop:
         def say(what: str, done: int, total: int) -> None:
             self.progress(f"train {model.label} on {data.label}" + ("" if what == "base" else " again"), done, total)
 
-        return Trainer(recipe, parts.train, train_seed, parts.augment, self.cache / "trained", name, say)
+        return Trainer(recipe, parts.train, train_seed, parts.augment, self.cache / "trained", self.zoo, name, say)
 
     def net(self, cell: Cell) -> Deployable:
         """The compressed network of a cell; kept while the workshop lives."""
@@ -141,8 +143,7 @@ class Workshop:
     def drop(self, cell: Cell) -> None:
         """Forget what the cache holds of a cell, so that it is made again."""
         recipes = {cell.recipe, replace(cell.recipe, start="scratch")}
-        trunk = cell.model if isinstance(cell.model, Static) else Static(cell.model)
-        for model, recipe in product((cell.model, trunk), recipes):
+        for model, recipe in product((cell.model, _trunk(cell.model)), recipes):
             name = self.trainer(cell.data, model, recipe, cell.train_seed, cell.seed).key
             for folder in (self.cache / "trained").glob(f"{name}-*"):
                 shutil.rmtree(folder)
@@ -154,9 +155,14 @@ def _loaded(spec: DatasetSpec, seed: int) -> Data:
     return spec.load(seed)
 
 
-def _inherit(net: AnytimeModel, base: AnytimeModel) -> None:
+def _trunk(model: ModelSpec) -> ModelSpec:
+    """The network without exits that it begins from; itself where it has none."""
+    return Static(model) if model.exits_early else model
+
+
+def _inherit(net: AnytimeModel, base: AnytimeModel, alike: bool) -> None:
     """Take the trunk's weights from the same network without exits (models/static.py)."""
-    if base.n_exits == net.n_exits == 1:
+    if alike:
         net.load_state_dict(copy.deepcopy(base.state_dict()))
     else:
         trunk = base.stages[0]

@@ -151,7 +151,7 @@ def test_a_wrong_experiment_file(tmp_path, text, said):
 @pytest.mark.parametrize(
     "arrays, said",
     [
-        (dict(y_train=np.zeros(600, int)), "one class"),
+        (dict(y_train=np.zeros(600, int), y_test=np.zeros(60, int)), "one class"),
         (dict(x_train=np.full((600, 1, 28, 28), np.nan, np.float32)), "NaN"),
         (None, "missing"),
     ],

@@ -9,6 +9,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from anytime.errors import Unsupported
+from anytime.layers import MixedPool2d, ZeroPadShortcut
 from anytime.model import AnytimeModel, Segment
 from anytime.models.branchynet import BAlexNet, BLeNet
 from anytime.quant.graph import Widths, prepared, traced
@@ -70,6 +71,26 @@ def test_a_fused_prefix_is_bit_by_bit_the_links_in_turn():
     (state,) = run(Segment(1, 2, None), state)
     apart = run(Segment(2, 3, 2), state)[0]
     assert np.array_equal(apart, run(Segment(0, 3, 2), x)[0])
+
+
+@pytest.mark.parametrize("target", ["float", "u8s8", "s8s8"])
+@pytest.mark.parametrize("layer", [ZeroPadShortcut(2, 3, 1), ZeroPadShortcut(1, 0, 2), MixedPool2d(4)], ids=str)
+def test_shared_layers_say_what_torch_says(layer, target):
+    # No ReLU before it: the grid's zero lies between its ends, and a pad must write that integer.
+    stage = nn.Sequential(nn.Conv2d(3, 8, 3), layer)
+    chain = AnytimeModel([stage], [nn.Sequential(nn.Flatten(), nn.LazyLinear(4))]).eval()
+    x = torch.randn(16, *SHAPE)
+    chain(x)
+    integers = prepared(chain, x, Widths(8, 8), "s8s8" if target == "s8s8" else "u8s8", "minmax", "minmax")
+    chain = traced(chain) if target == "float" else integers.freeze(round_bias=target == "u8s8")
+    with torch.inference_mode():
+        want = chain(x)[0].numpy()
+    proto = OnnxChain(chain, SHAPE, target == "u8s8").write(Segment(0, 1, 0))
+    for engine, run in runners(proto):
+        (logits,) = run(["logits"], {"x": x.numpy()})
+        assert np.abs(logits - want).max() <= (1e-5 if target == "float" else 0.02 * np.abs(want).max()), engine
+    pads = [len(node.input) for node in proto.graph.node if node.op_type == "Pad"]
+    assert set(pads) <= {3 if target == "u8s8" else 2}  # a zero point to write: in integers on CPU engines, else between Q and DQ
 
 
 def test_it_loads_on_the_boards():

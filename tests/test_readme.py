@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from tests.contracts.backend import backend_keeps_its_promise
 from tests.contracts.model import model_keeps_its_promise
 from tests.worlds import data, trained, trainer

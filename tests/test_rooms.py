@@ -11,11 +11,11 @@ EVERYTHING = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p.is_dir()
 MAY = {  # room -> rooms that it may import; errors may be imported by every one but stops
     "errors": "", "stops": "", "cpu": "", "layers": "", "machine": "",
     "spec": "", "metrics": "", "record": "",
-    "progress": "", "augment": "dataset",
+    "progress": "", "augment": "dataset", "osgd": "",
     "rows": "metrics record", "figures": "metrics record", "report": "metrics record rows figures",
     "model": "spec", "dataset": "spec metrics", "policy": "spec metrics stops",
     "train": "spec model dataset",
-    "quant": "model metrics",
+    "quant": "model metrics layers",
     "backend": "spec metrics model dataset train quant",
     "cost": "metrics model backend",
     "board": "spec metrics backend policy",
@@ -28,6 +28,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "workshop": "spec metrics model models dataset train backend board config cost",
     "scoring": "metrics dataset backend board cost",
     "run": "scoring spec metrics record model dataset train backend board config cost policy facts workshop machine",
+    "zoo": "machine spec record train config facts workshop",
     "listing": "spec record config facts",
     "__main__": " ".join(EVERYTHING - {"__main__"}),
 }  # fmt: skip
@@ -35,7 +36,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
 HEAVY = {  # vendor -> rooms that may import it at the top of a file; the others only inside a method
     "torch": {
         *("model", "layers", "dataset", "augment", "train", "quant", "backend", "cost", "models", "datasets", "backends", "boards"),
-        *("workshop", "scoring", "run", "machine"),
+        *("workshop", "scoring", "run", "machine", "osgd"),
     },
     "pandas": {"rows", "report", "figures"},
     "matplotlib": {"figures"},

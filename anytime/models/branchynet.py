@@ -1,4 +1,4 @@
-"""BranchyNet's networks: LeNet and AlexNet with side branches."""
+"""BranchyNet's networks: LeNet, AlexNet and ResNet-110 with side branches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from anytime.layers import LocalResponseNorm
+from anytime.layers import BasicBlock, LocalResponseNorm, ZeroPadShortcut, he_normal
 from anytime.model import AnytimeModel, ModelSpec, need_shape
 
 
@@ -90,3 +90,47 @@ class BAlexNet(ModelSpec):
                 ),
             ],
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BResNet110(ModelSpec):
+    """B-ResNet110, three exits, for 3x32x32: 48.60, 127.54 and 284.91 M MACs with every head run, 2.227 M parameters.
+
+    The first convolution has no padding, so the maps are 30x30, 15x15 and 8x8. Option-A shortcuts whose zero channels
+    stand in front, convolutions with biases, as in the authors' code. LRN as in BAlexNet. The first branch lies
+    behind the first ReLU, as in the code of the paper's experiments; a later version moved it behind a first block.
+    Every convolution starts He-normal by fan-in; there the branch's own start with Chainer's LeCun-normal.
+    Source: Teerapittayanon, McDanel, Kung, "BranchyNet", ICPR 2016, arXiv:1709.01686, section IV; layers from the
+    authors' networks/resnet code.
+    """
+
+    @property
+    def label(self) -> str:
+        return "B-ResNet110"
+
+    def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:
+        need_shape(self, input_shape, (3, 32, 32))
+
+        def plain(c: int, n: int) -> list[nn.Module]:
+            return [BasicBlock(c, c, 1, nn.Identity(), bias=True) for _ in range(n)]
+
+        def halved(c: int) -> BasicBlock:
+            return BasicBlock(c // 2, c, 2, ZeroPadShortcut(2, front=c // 2, back=0), bias=True)
+
+        model = AnytimeModel(
+            stages=[
+                nn.Sequential(_conv(3, 16, 3, 0), nn.BatchNorm2d(16), nn.ReLU()),
+                nn.Sequential(*plain(16, 18)),
+                nn.Sequential(halved(32), *plain(32, 17), halved(64), *plain(64, 17)),
+            ],
+            heads=[
+                nn.Sequential(
+                    *(_conv(16, 64, 5, 2), nn.ReLU(), LocalResponseNorm(3, alpha=3 * 5e-5, beta=0.75, k=2.0)),
+                    *(_conv(64, 32, 3, 1), nn.ReLU(), _conv(32, 32, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(28800, n_classes)),
+                ),
+                nn.Sequential(*plain(16, 1), nn.Flatten(), nn.Linear(14400, n_classes)),
+                nn.Sequential(nn.AvgPool2d(6, 1), nn.Flatten(), nn.Linear(576, n_classes)),
+            ],
+        )
+        he_normal(model, "fan_in")
+        return model

@@ -14,16 +14,18 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from anytime.errors import Unsupported
+from anytime.layers import MixedPool2d, SlicedConv2d, ZeroPadShortcut
 from anytime.model import AnytimeModel
 from anytime.quant.bits import Bits, Target
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear
 from anytime.quant.ranges import Observer, activation_grid, weight_scales
 
 # Operations that only choose or move values: their output lies on the grid of their input.
-PASS_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Dropout, nn.Identity)
+PASS_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Dropout, nn.Identity, ZeroPadShortcut)  # 0 is on every grid
 PASS_CALLS = (torch.flatten, F.max_pool2d, F.dropout)
-PASS_METHODS = ("flatten", "view", "reshape", "contiguous")
+PASS_METHODS = ("flatten", "view", "reshape", "contiguous", "detach")
 ADD_CALLS = (add, torch.add)
+LEAVES = (nn.LocalResponseNorm, MixedPool2d, ZeroPadShortcut, FakeQuant, QConv2d, QLinear)
 MULTIPLIERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
 MULTIPLYING_CALLS = (
     F.conv1d,
@@ -43,7 +45,7 @@ class LinkTracer(fx.Tracer):
     """Traces a stage or a head down to the modules that a quantizer or a writer knows."""
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return super().is_leaf_module(m, qualified_name) or isinstance(m, nn.LocalResponseNorm | FakeQuant | QConv2d | QLinear)
+        return super().is_leaf_module(m, qualified_name) or isinstance(m, LEAVES)
 
 
 def trace(link: nn.Module, path: str) -> fx.GraphModule:
@@ -57,12 +59,23 @@ def trace(link: nn.Module, path: str) -> fx.GraphModule:
 
 
 def traced(model: AnytimeModel) -> AnytimeModel:
-    """A copy in eval mode whose links are graphs, with BatchNorm folded into the convolution before it."""
+    """A copy in eval mode whose links are graphs, with BatchNorm folded into the convolution before it.
+
+    No two links share weights in it: each is folded and rounded by itself.
+    """
     model = copy.deepcopy(model).eval()
     for path, links in (("stages", model.stages), ("heads", model.heads)):
         for k in range(len(links)):
-            links[k] = _fold_bn(trace(links[k], f"{path}.{k}"))
+            links[k] = _fold_bn(trace(_unshared(links[k]), f"{path}.{k}"))
     return model
+
+
+def _unshared(link: nn.Module) -> nn.Module:
+    link = copy.deepcopy(link)
+    for name, m in list(link.named_modules()):
+        if isinstance(m, SlicedConv2d):
+            link.set_submodule(name, m.plain())
+    return link
 
 
 def _fold_bn(g: fx.GraphModule) -> fx.GraphModule:
@@ -71,14 +84,16 @@ def _fold_bn(g: fx.GraphModule) -> fx.GraphModule:
         bn = modules.get(node.target) if node.op == "call_module" else None
         if not isinstance(bn, nn.BatchNorm2d):
             continue
-        before = node.args[0]
-        conv = modules.get(before.target) if before.op == "call_module" else None
-        calls = [n for n in g.graph.nodes if n.op == "call_module" and n.target == before.target]
-        if not isinstance(conv, nn.Conv2d) or len(before.users) != 1 or len(calls) != 1:
+        before = source = node.args[0]
+        while source.op == "call_module" and isinstance(modules[source.target], nn.Dropout) and len(source.users) == 1:
+            source = source.args[0]  # the identity, where BatchNorm is folded
+        conv = modules.get(source.target) if source.op == "call_module" else None
+        calls = [n for n in g.graph.nodes if n.op == "call_module" and n.target == source.target]
+        if not isinstance(conv, nn.Conv2d) or len(source.users) != 1 or len(calls) != 1:
             continue  # a pre-activation BatchNorm stays, as an operation of its own
         fused = fuse_conv_bn_eval(conv, bn)
-        g.set_submodule(before.target, fused)
-        modules[before.target] = fused
+        g.set_submodule(source.target, fused)
+        modules[source.target] = fused
         node.replace_all_uses_with(before)
         g.graph.erase_node(node)
     g.graph.eliminate_dead_code()
@@ -191,10 +206,10 @@ def quantized(model: AnytimeModel, widths: Widths, target: Target, exclusions: t
     signed = target == "s8s8"
     sources: dict[str, FakeQuant] = {}
     state: Any = None  # quantizer of the state, or a tuple of them; None: the input, not yet rounded
-    first = _first_layer(model)
+    first = _first_layer(model, 0)
     for k in range(model.n_exits):
         if model.restarts:
-            state = None
+            state, first = None, _first_layer(model, k)
         state = _insert(model.stages[k], f"stages.{k}", state, widths, signed, first, exclusions, sources, head=False)
         _insert(model.heads[k], f"heads.{k}", state, widths, signed, first, exclusions, sources, head=True)
     return Quantized(model, sources, exclusions)
@@ -211,11 +226,11 @@ def prepared(
     return net
 
 
-def _first_layer(model: AnytimeModel) -> str:
-    stage = model.stages[0]
+def _first_layer(model: AnytimeModel, k: int) -> str:
+    stage = model.stages[k]
     for node in stage.graph.nodes:  # type: ignore[union-attr]
         if node.op == "call_module" and isinstance(stage.get_submodule(node.target), nn.Conv2d | nn.Linear):
-            return f"stages.0.{node.target}"
+            return f"stages.{k}.{node.target}"
     return ""
 
 

@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from anytime.errors import Unsupported
+from anytime.layers import MixedPool2d, ZeroPadShortcut
 from anytime.model import AnytimeModel, Segment
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear
-from anytime.quant.graph import PASS_CALLS, PASS_METHODS
+from anytime.quant.graph import PASS_CALLS, PASS_METHODS, PASS_MODULES
 
 OPSET, IR = 13, 7
 
@@ -165,7 +166,7 @@ def _out_quant(stage: fx.GraphModule, entering: Any) -> Any:
 
 
 def _moves(node: fx.Node, module: nn.Module | None) -> bool:
-    return isinstance(module, nn.MaxPool2d | nn.Flatten | nn.Dropout | nn.Identity) or node.target in PASS_CALLS + PASS_METHODS
+    return isinstance(module, PASS_MODULES) or node.target in PASS_CALLS + PASS_METHODS
 
 
 def _enter(w: Writer, described: Any, name: str) -> tuple[list[onnx.ValueInfoProto], Any]:
@@ -196,6 +197,8 @@ def _link(w: Writer, link: nn.Module, path: str, value: Any, int_bias: bool) -> 
     values: dict[fx.Node, Any] = {}
 
     def get(arg: Any) -> Any:
+        if isinstance(arg, tuple | list):
+            return [get(a) for a in arg]
         return values[arg] if isinstance(arg, fx.Node) else arg
 
     for node in link.graph.nodes:
@@ -226,10 +229,14 @@ def _attribute(root: nn.Module, target: str) -> Tensor:
 def _module(w: Writer, m: nn.Module, name: str, x: Value, int_bias: bool) -> Value:
     if isinstance(m, FakeQuant):
         return w.quantize(x.name, m, name)
+    if isinstance(m, ZeroPadShortcut):
+        return _zero_pad(w, m, name, x, int_bias)
     for kind, emit in EMIT.items():
         if isinstance(m, kind):
             return (
-                _keep(w, emit(w, m, name, x, int_bias), x, name) if isinstance(m, MOVES) else Value(emit(w, m, name, x, int_bias))
+                _keep(w, emit(w, m, name, x, int_bias), x, name)
+                if isinstance(m, PASS_MODULES)
+                else Value(emit(w, m, name, x, int_bias))
             )
     raise Unsupported(f"{name}: no ONNX form is known for {type(m).__name__}")
 
@@ -331,6 +338,31 @@ def _lrn(w: Writer, m: nn.LocalResponseNorm, name: str, x: Value, _: bool) -> st
     return w.op("LRN", [x.name], name, size=m.size, alpha=m.alpha, beta=m.beta, bias=m.k)
 
 
+def _zero_pad(w: Writer, m: ZeroPadShortcut, name: str, x: Value, int_bias: bool) -> Value:
+    # ONNX Runtime pads integers but does not fuse a Pad between DQ and Q; TensorRT wants them around it.
+    whole = x.q if int_bias else None
+    out = whole.integers if whole else x.name
+    if m.stride > 1:
+        bounds = {"starts": [0, 0], "ends": [2**31 - 1] * 2, "axes": [2, 3], "steps": [m.stride] * 2}
+        out = w.op(
+            "Slice", [out, *(w.constant(f"{name}/{k}", np.array(v, np.int64)) for k, v in bounds.items())], f"{name}/Slice"
+        )
+    pads = w.constant(f"{name}/pads", np.array([0, m.front, 0, 0, 0, m.back, 0, 0], np.int64))
+    if whole:
+        return w.dequantize(whole._replace(integers=w.op("Pad", [out, pads, whole.zero_point], name)), name)
+    return _keep(w, w.op("Pad", [out, pads], name), x, name)
+
+
+def _mixed_pool(w: Writer, m: MixedPool2d, name: str, x: Value, _: bool) -> str:
+    alpha = m.alpha.detach().float().numpy()
+    shares = {"Max": alpha, "Average": np.float32(1) - alpha}
+    parts = []
+    for kind, share in shares.items():
+        pooled = w.op(f"{kind}Pool", [x.name], f"{name}/{kind}Pool", kernel_shape=[m.size] * 2, strides=[m.size] * 2)
+        parts.append(w.op("Mul", [pooled, w.constant(f"{name}/{kind}", share)], f"{name}/{kind}Mul"))
+    return w.op("Add", parts, name)
+
+
 def _relu6(w: Writer, m: nn.Hardtanh, name: str, x: Value, _: bool) -> str:
     low = w.constant(f"{name}/low", np.array(m.min_val, np.float32))
     return w.op("Clip", [x.name, low, w.constant(f"{name}/high", np.array(m.max_val, np.float32))], name)
@@ -353,10 +385,10 @@ EMIT: dict[type[nn.Module], Callable[[Writer, Any, str, Value, bool], str]] = {
     nn.AdaptiveAvgPool2d: _adaptive_pool,
     nn.Flatten: _flatten,
     nn.LocalResponseNorm: _lrn,
+    MixedPool2d: _mixed_pool,
     nn.Dropout: lambda w, m, name, x, _: x.name,
     nn.Identity: lambda w, m, name, x, _: x.name,
 }
-MOVES = (nn.MaxPool2d, nn.Flatten, nn.Dropout, nn.Identity)
 
 
 def _call(w: Writer, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Value:
@@ -367,6 +399,10 @@ def _call(w: Writer, node: fx.Node, name: str, args: list[Any], kwargs: dict[str
         return Value(w.op("Relu", [args[0].name], name))
     if target is torch.cat:
         return Value(w.op("Concat", [v.name for v in args[0]], name, axis=kwargs.get("dim", args[1] if len(args) > 1 else 0)))
+    if target is F.adaptive_avg_pool2d and _pair(args[1]) == [1, 1]:
+        return Value(w.op("GlobalAveragePool", [args[0].name], name))
+    if target == "detach":
+        return args[0]  # type: ignore[no-any-return]
     if target in (torch.flatten, "flatten") and tuple(args[1:2] or kwargs.values()) == (1,):
         return _keep(w, w.op("Flatten", [args[0].name], name, axis=1), args[0], name)
     raise Unsupported(f"{name}: no ONNX form is known for {getattr(target, '__name__', target)}")

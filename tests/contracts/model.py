@@ -30,16 +30,16 @@ def model_keeps_its_promise(spec, shape, n_classes=10):
         logits = model(x)
         assert logits.shape == (model.n_exits, 3, n_classes), "forward must be [E, B, K]"
         assert torch.isfinite(logits).all(), "logits are not finite"
-        assert torch.allclose(model(x[1:2])[:, 0], logits[:, 1], atol=1e-4), "an answer depends on its batch"
+        assert close(model(x[1:2])[:, 0], logits[:, 1], 1e-4), "an answer depends on its batch"
         state = x
         for k, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
             before = copy.deepcopy(state)
-            state, held = stage(state), state
+            state, held = stage(x if model.restarts else state), state
             assert same(before, held), f"stage {k} changes the state that it reads"
             kept = copy.deepcopy(state)
             assert torch.equal(head(state), logits[k]), f"head {k} is not what forward runs"
             assert same(kept, state), f"head {k} changes the state that it reads"
-        assert torch.allclose(traced(model)(x), logits, atol=1e-3), "its graph says something else"
+        assert close(traced(model)(x), logits, 1e-3), "its graph says something else"
     model.train()
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters()), "a parameter that no exit uses"
@@ -50,6 +50,13 @@ def model_keeps_its_promise(spec, shape, n_classes=10):
     except (UsageError, RuntimeError) as error:
         assert isinstance(error, UsageError), f"inputs of another shape end in {type(error).__name__}, not in a sentence"
     return model
+
+
+def close(a, b, tolerance):
+    """Whether logits agree, per exit, by the largest of it: a deep residual network that is not trained has huge ones."""
+    exits = a.shape[0]
+    error, size = ((a - b).abs().reshape(exits, -1).amax(1), b.abs().reshape(exits, -1).amax(1))
+    return bool((error <= tolerance * size.clamp(min=1)).all())
 
 
 def same(a, b):

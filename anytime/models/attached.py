@@ -1,0 +1,312 @@
+"""Exits on a network that has none, by the names of its nodes."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from anytime.errors import UsageError, near
+from anytime.model import AnytimeModel, ModelSpec
+
+
+class _Tracer(fx.Tracer):
+    """Remembers the node that each module returned last, and leaves whole what acts by the training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returned: dict[str, fx.Node] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaf: bool = super().is_leaf_module(m, module_qualified_name)
+        return leaf or isinstance(m, nn.LocalResponseNorm) or type(m).__name__ == "StochasticDepth"
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        out = super().call_module(m, forward, args, kwargs)
+        if isinstance(out, fx.Proxy):
+            self.returned[self.path_of_module(m)] = out.node
+        return out
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and remembers the shape of what each node gave, or the name of its type when it is no tensor."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.of: dict[fx.Node, torch.Size | str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        out = super().run_node(n)
+        self.of[n] = out.shape if isinstance(out, Tensor) else type(out).__name__
+        return out
+
+
+class _Tapped(nn.Module):
+    """The state's first tensor: the value that an exit is attached to."""
+
+    def forward(self, state: Any) -> Any:
+        return state[0]
+
+
+@dataclass(frozen=True)
+class Attached(ModelSpec):
+    """Exits on a classifier without any, which is cut into a chain behind the values named in ``at``.
+
+    ``backbone``: a classifier of torchvision ("resnet152"), or "package.module:factory" for a network of your own that
+    torch.fx can trace; the factory is called with ``num_classes``. ``at``: module paths ("layer2.0": what that module
+    returns, the last time if it is called often) or names of torch.fx nodes, in any order; exits are numbered in the
+    network's own. Each stage computes what its exit needs and no earlier one did; the state is the named value, or a
+    tuple of it and of whatever else later stages read. An exit is global pooling and one linear layer on maps
+    [B, C, H, W], one linear layer on features [B, C]; the last one begins at the network's last layer that multiplies.
+    In-place operations are made out of place, and what the network does is that of its eval mode, except in modules
+    (Dropout, BatchNorm, StochasticDepth). ``weights``: path of a state dict, loaded strictly before the cut; then
+    ``trained_on`` must say what it has learned from: the digests of published training sets ("imagenet" will do for
+    one that no data set here draws from).
+    Every chain is held against the network that it was cut from when it is built.
+    Source: this project; node names as in torchvision's feature extraction.
+    """
+
+    backbone: str = "mobilenet_v2"
+    at: tuple[str, ...] = ("features.3", "features.6", "features.13")
+    weights: str = ""
+    trained_on: tuple[str, ...] = ()
+
+    def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:
+        if not self.at:
+            raise UsageError(f"{self.backbone}: at names no node; name at least one, or use Static for a network without exits")
+        net = self._backbone(n_classes)
+        self._load(net)
+        net.eval()
+        x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
+        logits = self._run(net, x, n_classes)
+        tracer = _Tracer()
+        shapes = self._trace(tracer, net, x)
+        needed = _needed(tracer.graph.output_node())
+        nodes = [n for n in tracer.graph.nodes if n in needed]
+        model = self._cut(net, nodes, self._taps(tracer, nodes), shapes, n_classes)
+        with torch.no_grad():
+            gap = (model.eval()(x)[-1] - logits).abs().max()
+            if gap > 1e-4 * logits.abs().max():
+                raise UsageError(
+                    f"{self.backbone} cut into a chain gives other logits: its forward has effects that torch.fx does not see, "
+                    "such as in-place changes of a value that is read again; write them out of place"
+                )
+        model.trained_on = frozenset(self.trained_on)
+        return model.train()
+
+    def _backbone(self, n_classes: int) -> nn.Module:
+        if ":" not in self.backbone:
+            from anytime.dataset import torchvision  # finds it beside a CPU torch too
+
+            models = torchvision().models
+            known = models.list_models(module=models)
+            if self.backbone not in known:
+                raise UsageError(
+                    f"{self.backbone!r} is no classifier of torchvision and no 'package.module:factory'; {_like(self.backbone, known)}"
+                )
+            return models.get_model(self.backbone, weights=None, num_classes=n_classes)  # type: ignore[no-any-return]
+        path, _, name = self.backbone.partition(":")
+        try:
+            module = importlib.import_module(path)
+        except Exception as error:  # a user's own code may raise anything, when it is imported too
+            raise UsageError(
+                f"backbone {self.backbone!r}: {path!r} cannot be imported ({_say(error)}); run from its folder"
+            ) from error
+        if not callable(getattr(module, name, None)):
+            known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            raise UsageError(f"backbone {self.backbone!r}: {path} has no factory {name!r}; {_like(name, known)}")
+        try:
+            net = getattr(module, name)(num_classes=n_classes)
+        except Exception as error:
+            raise UsageError(
+                f"backbone {self.backbone!r}: the call with num_classes={n_classes} failed ({_say(error)})"
+            ) from error
+        if not isinstance(net, nn.Module):
+            raise UsageError(f"backbone {self.backbone!r}: it made a {type(net).__name__}, not a torch.nn.Module")
+        return net
+
+    def _load(self, net: nn.Module) -> None:
+        if not self.weights:
+            return
+        if not self.trained_on:
+            raise UsageError(
+                f"{self.weights}: say by trained_on what these weights have learned from, so that no policy is fitted on it"
+            )
+        try:
+            state = torch.load(Path(self.weights).expanduser(), map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise UsageError(f"weights={self.weights!r}: there is no such file") from error
+        except Exception as error:  # torch.load raises anything on a file that is no checkpoint
+            raise UsageError(
+                f"weights={self.weights!r} is no state dict that loads with weights_only=True ({_say(error)})"
+            ) from error
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise UsageError(f"weights={self.weights!r} holds no state dict (names to tensors); save model.state_dict()")
+        own = net.state_dict()
+        wrong = {
+            "missing": [k for k in own if k not in state],
+            "unknown": [k for k in state if k not in own],
+            "of another shape": [k for k in own if k in state and state[k].shape != own[k].shape],
+        }
+        if any(wrong.values()):
+            said = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in wrong.items() if keys)
+            raise UsageError(f"weights={self.weights!r} do not fit {self.backbone}: {said}")
+        net.load_state_dict(state)
+
+    def _run(self, net: nn.Module, x: Tensor, n_classes: int) -> Tensor:
+        try:
+            with torch.no_grad():
+                out = net(x)
+        except Exception as error:  # torch has no class of its own for a shape that does not fit
+            raise UsageError(
+                f"{self.backbone} cannot take inputs of {_by(x.shape)} ({_say(error)}): "
+                "choose a data set of another shape or another backbone"
+            ) from error
+        if not isinstance(out, Tensor) or out.shape != (2, n_classes):
+            got = _by(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise UsageError(f"{self.backbone} gives {got} for each input, not {n_classes} logits: attach exits to a classifier")
+        return out
+
+    def _trace(self, tracer: _Tracer, net: nn.Module, x: Tensor) -> dict[fx.Node, torch.Size | str]:
+        """Trace the network and run it on x; nothing works in place any more."""
+        for m in net.modules():
+            if hasattr(m, "inplace"):
+                setattr(m, "inplace", False)  # noqa: B010  (torch's types do not know it)
+        try:
+            graph = tracer.trace(net)
+            for node in graph.nodes:
+                if node.op == "call_method" and node.target.endswith("_") and hasattr(Tensor, node.target[:-1]):
+                    node.target = node.target[:-1]
+                if node.kwargs.get("inplace"):
+                    node.kwargs = {**node.kwargs, "inplace": False}
+            shapes = _Shapes(fx.GraphModule(net, graph))
+            with torch.no_grad():
+                shapes.run(x)
+        except Exception as error:  # whatever the network's Python does with a proxy
+            raise UsageError(
+                f"{self.backbone} cannot be traced by torch.fx ({_say(error)}): its forward must not depend on values"
+            ) from error
+        if sum(n.op == "placeholder" for n in graph.nodes) > 1:
+            raise UsageError(
+                f"{self.backbone}: its forward takes more than one input; give a factory whose network takes images only"
+            )
+        return shapes.of
+
+    def _taps(self, tracer: _Tracer, nodes: list[fx.Node]) -> list[fx.Node]:
+        """The named nodes in order, then what the last layer reads."""
+        order = {n: i for i, n in enumerate(nodes)}
+        plain = {n.name: n for n in tracer.graph.nodes if n.op not in ("placeholder", "output")}
+        named = tracer.returned | {name: n for name, n in plain.items() if name not in tracer.returned}
+        layers = [
+            n
+            for n in nodes
+            if n.op == "call_module" and isinstance(tracer.root.get_submodule(str(n.target)), nn.Conv2d | nn.Linear)
+        ]
+        end = layers[-1].all_input_nodes[0] if layers else nodes[-1].all_input_nodes[0]
+        taps: dict[fx.Node, str] = {}
+        for name in self.at:
+            node = named.get(name)
+            if node is None:
+                raise UsageError(f"{self.backbone} has no module or node {name!r}; {_like(name, named)}")
+            if node in taps:
+                raise UsageError(f"{self.backbone}: {taps[node]!r} and {name!r} are the same value; one exit there is enough")
+            if node not in order:
+                raise UsageError(
+                    f"{self.backbone}: {name!r} is not on the way to the output; attach exits to what the output needs"
+                )
+            if order[node] >= order[end]:
+                raise UsageError(
+                    f"{self.backbone}: nothing is left to compute between {name!r} and the last layer, "
+                    f"which reads {end.name!r}; attach exits before that"
+                )
+            taps[node] = name
+        return [*sorted(taps, key=order.__getitem__), end]
+
+    def _cut(
+        self, net: nn.Module, nodes: list[fx.Node], taps: list[fx.Node], shapes: dict[fx.Node, torch.Size | str], n_classes: int
+    ) -> AnytimeModel:
+        entering = [n for n in nodes if n.op == "placeholder"]
+        done = set(entering)
+        stages: list[nn.Module] = []
+        heads: list[nn.Module] = []
+        for tap in taps:
+            needed = _needed(tap)
+            part = [n for n in nodes if n in needed and n not in done]
+            done.update(part)
+            read = {a for n in nodes if n not in done for a in n.all_input_nodes if a.op != "get_attr"}
+            leaving = [tap, *(n for n in nodes if n in done and n in read and n is not tap)]
+            for n in leaving:
+                if isinstance(shapes[n], str):
+                    raise UsageError(
+                        f"{self.backbone}: the cut behind {tap.name!r} goes through {n.name!r}, a {shapes[n]} where only "
+                        "tensors can be handed on; cut before or behind that block"
+                    )
+            stages.append(_graph(net, part, entering, leaving))
+            if tap is not taps[-1]:
+                heads.append(self._exit(tap.name, shapes[tap], len(leaving) > 1, n_classes))
+            entering = leaving
+        rest = [n for n in nodes if n not in done]
+        heads.append(_graph(net, rest[:-1], entering, rest[-1].all_input_nodes))
+        return AnytimeModel(stages, heads)
+
+    def _exit(self, name: str, shape: Sequence[Any], first: bool, n_classes: int) -> nn.Sequential:
+        layers: list[nn.Module] = [_Tapped()] if first else []
+        if len(shape) == 4:
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        elif len(shape) != 2:
+            raise UsageError(f"{self.backbone}: {name!r} gives {_by(shape)} for each input; exits go to maps CxHxW or features C")
+        return nn.Sequential(*layers, nn.Linear(shape[1], n_classes))
+
+
+def _needed(node: fx.Node) -> set[fx.Node]:
+    """The node and everything that it is computed from."""
+    found, todo = {node}, [node]
+    while todo:
+        new = set(todo.pop().all_input_nodes) - found
+        found |= new
+        todo += new
+    return found
+
+
+def _graph(net: nn.Module, part: list[fx.Node], entering: list[fx.Node], leaving: list[fx.Node]) -> fx.GraphModule:
+    """A part of the network as a module from state to state; a state of one value is no tuple."""
+    graph = fx.Graph()
+    state = graph.placeholder("state")
+    place = {n: i for i, n in enumerate(entering)}
+    copies = {entering[0]: state} if len(entering) == 1 else {}
+
+    def copied(n: fx.Node) -> fx.Node:
+        if n not in copies:
+            copies[n] = graph.call_function(operator.getitem, (state, place[n])) if n in place else graph.node_copy(n, copied)
+        return copies[n]
+
+    for n in part:
+        copied(n)
+    out = tuple(map(copied, leaving))
+    graph.output(out if len(out) > 1 else out[0])
+    return fx.GraphModule(net, graph, type(net).__name__)
+
+
+def _by(shape: Sequence[Any]) -> str:
+    return "x".join(map(str, shape[1:]))
+
+
+def _say(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _some(keys: Iterable[str], n: int = 3) -> str:
+    every = list(keys)
+    return ", ".join(every[:n]) + (", ..." if len(every) > n else "")
+
+
+def _like(name: str, names: Iterable[str]) -> str:
+    """The near misses, or a few names: a network has hundreds."""
+    said = near(name, names)
+    return said if said.startswith("did") else f"there is {_some(names, 8)}"

@@ -1,0 +1,294 @@
+"""Exits on networks that have none: equal to the original at the last exit, and clear about what cannot be done."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from anytime.backend import TorchNet
+from anytime.cost import account
+from anytime.dataset import torchvision
+from anytime.errors import UsageError
+from anytime.model import Segment
+from anytime.models.attached import Attached
+from anytime.models.static import Static
+from anytime.quant.graph import Widths, prepared, traced
+from anytime.quant.onnx_graph import OnnxChain
+
+HERE = __name__  # backbones of this file are "tests.test_attached:factory"
+
+
+def attached(factory, *at, **more):
+    return Attached(f"{HERE}:{factory.__name__}", at, **more)
+
+
+def in_turn(model, x):
+    """What every stage hands on."""
+    states = []
+    for stage in model.stages:
+        x = stage(x)
+        states.append(x)
+    return states
+
+
+@pytest.mark.parametrize(
+    "backbone, at, shape, live",
+    [
+        ("resnet18", ("layer1", "layer2.0", "layer3.1.conv1"), (3, 32, 32), [1, 1, 2, 1]),
+        ("densenet121", ("features.transition1", "features.denseblock2.denselayer5"), (3, 32, 32), [1, 6, 1]),
+        ("vgg16_bn", ("features.13", "features.23", "classifier.1"), (3, 32, 32), [1, 1, 1, 1]),
+        ("mobilenet_v2", ("features.3", "features.10.conv.0", "features.13"), (3, 32, 32), [1, 2, 1, 1]),
+        ("squeezenet1_1", ("features.5", "features.9.squeeze"), (3, 32, 32), [1, 1, 1]),
+        ("alexnet", ("features.2", "features.5"), (3, 63, 63), [1, 1, 1]),
+        ("googlenet", ("inception3b",), (3, 64, 64), [1, 1]),
+        ("shufflenet_v2_x0_5", ("stage2", "stage3.1"), (3, 64, 64), [1, 1, 1]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
+def test_the_last_exit_is_the_original_and_costs_the_same(backbone, at, shape, live):
+    """Floats to accuracy, MACs exactly: no operation is lost, and none is run twice."""
+    spec, x = Attached(backbone, at), torch.randn(2, *shape)
+    torch.manual_seed(0)
+    whole = torchvision().models.get_model(backbone, weights=None, num_classes=10).eval()
+    torch.manual_seed(0)
+    model = spec.build(shape, 10).eval()
+    with torch.no_grad():
+        want = whole(x)
+        with FlopCounterMode(display=False) as counter:
+            whole(x[:1])
+        assert torch.allclose(model(x)[-1], want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
+        assert [len(s) if isinstance(s, tuple) else 1 for s in in_turn(model, x)] == live
+    last = model.n_exits - 1
+    assert account(TorchNet(model, {}, simulated=False), shape).path((last,), last) == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("backbone, weights, at", [
+    ("resnet18", "ResNet18_Weights", "layer2"),
+    ("mobilenet_v2", "MobileNet_V2_Weights", "features.6"),
+    ("squeezenet1_1", "SqueezeNet1_1_Weights", "features.5"),
+])  # fmt: skip
+def test_it_costs_what_torchvision_publishes(backbone, weights, at):
+    meta = getattr(torchvision().models, weights).DEFAULT.meta
+    model = Attached(backbone, (at,)).build((3, 224, 224), 1000).eval()
+    assert account(TorchNet(model, {}, simulated=False), (3, 224, 224)).path((1,), 1) / 1e9 == pytest.approx(
+        meta["_ops"], abs=0.0055
+    )
+    own = [*model.stages.parameters(), *model.heads[-1].parameters()]
+    assert sum(p.numel() for p in own) == meta["num_params"]
+
+
+def test_an_exit_pays_only_for_what_it_needs():
+    """The shortcut's projection is traced after the block's convolutions, and the tap before its sum needs none of it."""
+    whole = account(TorchNet(Attached("resnet18", ("layer2",)).build((3, 32, 32), 10), {}, simulated=False), (3, 32, 32))
+    inside = account(
+        TorchNet(Attached("resnet18", ("layer2.0.downsample", "layer2")).build((3, 32, 32), 10), {}, simulated=False), (3, 32, 32)
+    )
+    # without the second block of layer2 and without the two 3x3 convolutions of its first, on maps of 4x4
+    assert whole.stage.macs[0] - inside.stage.macs[0] == 16 * 9 * (64 * 128 + 3 * 128 * 128)
+    assert inside.path((1,), 1) == whole.path((0,), 0)
+
+
+def test_the_order_of_names_does_not_matter():
+    a, b = (Attached(at=at).build((3, 32, 32), 10) for at in (("features.3", "features.6"), ("features.6", "features.3")))
+    assert list(a.state_dict()) == list(b.state_dict())
+    assert [h[-1].in_features for h in list(a.heads)[:2]] == [24, 32]
+
+
+def test_a_network_without_exits_is_one_of_its_static_twins():
+    torch.manual_seed(0)
+    model = Static(Attached()).build((3, 32, 32), 10).eval()
+    assert (model.n_exits, len(model.stages[0])) == (1, 4)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(traced(model)(x), model(x), atol=1e-5)
+
+
+class Awkward(nn.Module):
+    """In-place operations of every spelling, a parameter and a module used on both sides of any cut, a long shortcut."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.5)
+        self.shift = nn.Parameter(torch.randn(1, 8, 1, 1))
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.a(x)
+        first = x
+        x = self.relu(self.b(x) + self.shift)
+        x *= 2
+        x = F.relu(x - 1, inplace=True).add_(first)
+        x = self.relu(self.b(x) * self.shift)
+        x += first
+        return self.fc(self.drop(F.adaptive_avg_pool2d(x, 1).flatten(1)))
+
+
+def test_a_network_of_ones_own():
+    spec = attached(Awkward, "a", "mul", "b", "add_1")
+    torch.manual_seed(0)
+    whole = Awkward(num_classes=10).eval()
+    torch.manual_seed(0)
+    model = spec.build((3, 16, 16), 10)
+    assert model.training
+    model.eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(model(x)[-1], whole(x), atol=1e-6)
+        states = in_turn(model, x)
+        assert [len(s) if isinstance(s, tuple) else 1 for s in states] == [1, 2, 2, 1, 1]
+        assert torch.equal(states[1][1], states[0])  # the shortcut is handed on as it was
+    shared = [id(p) for stage in model.stages for p in set(stage.parameters())]
+    assert len(set(shared)) < len(shared)  # weights used on both sides of a cut stay one
+
+
+class Sized(nn.Module):
+    """A size is read at the beginning and needed at the end."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3), nn.Linear(4 * 25, num_classes)
+
+    def forward(self, x):
+        x = self.a(x)
+        n = x.shape[0]
+        return self.fc(self.b(x.reshape(n, 4, 7, 7)).reshape(n, -1))
+
+
+class Hidden(Sized):
+    """Changes in place what it reads again, and drops the answer."""
+
+    def forward(self, x):
+        x = self.a(x)
+        x.add_(1)
+        return self.fc(self.b(x).flatten(1))
+
+
+class Choosy(Sized):
+    """Its way depends on values."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Two(Sized):
+    """Two inputs."""
+
+    def forward(self, x, y=1):
+        return super().forward(x) * y
+
+
+def tokens(num_classes):
+    return nn.Sequential(nn.Flatten(2), nn.Linear(256, 8), nn.ReLU(), nn.Flatten(), nn.Linear(24, num_classes))
+
+
+def features(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+
+def nothing(num_classes):
+    return num_classes
+
+
+def broken(num_classes):
+    raise ValueError("no such network")
+
+
+def maps(num_classes):
+    return nn.Sequential(nn.Conv2d(3, num_classes, 3), nn.ReLU())
+
+
+def test_exits_on_features():
+    model = attached(features, "2").build((3, 16, 16), 10)
+    assert isinstance(model.heads[0], nn.Sequential) and [type(m) for m in model.heads[0]] == [nn.Linear]
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        (Attached("resnet1"), "'resnet1' is no classifier of torchvision.*did you mean 'resnet18'"),
+        (Attached("nope.nowhere:net"), "'nope.nowhere' cannot be imported"),
+        (Attached(f"{HERE}:awkward"), "has no factory 'awkward'; did you mean 'Awkward'"),
+        (attached(nothing, "a"), "it made a int, not a torch.nn.Module"),
+        (attached(broken, "a"), r"the call with num_classes=10 failed \(no such network\)"),
+        (attached(maps, "0"), "gives 10x14x14 for each input, not 10 logits"),
+        (Attached(at=()), "names no node"),
+        (Attached(at=("features.33",)), "no module or node 'features.33'; did you mean 'features.3'"),
+        (Attached(at=("zzz",)), "no module or node 'zzz'; there is features.0.0, "),
+        (Attached(at=("classifier.1",)), "nothing is left to compute between 'classifier.1' and the last layer"),
+        (Attached(at=("classifier.0",)), "nothing is left to compute"),
+        (Attached(at=("features.3", "add")), "'features.3' and 'add' are the same value"),
+        (attached(Sized, "b"), "goes through 'getitem', a int where only tensors"),
+        (attached(Hidden, "a"), "gives other logits"),
+        (attached(Choosy, "a"), "cannot be traced by torch.fx"),
+        (attached(Two, "a"), "takes more than one input"),
+        (attached(tokens, "1"), "gives 3x8 for each input; exits go to maps CxHxW or features C"),
+    ],
+)
+def test_what_cannot_be_done_is_said(spec, said):
+    with pytest.raises(UsageError, match=said):
+        spec.build((3, 16, 16) if ":" in spec.backbone else (3, 32, 32), 10)
+
+
+def test_a_size_that_the_trunk_cannot_take():
+    with pytest.raises(UsageError, match="alexnet cannot take inputs of 3x16x16"):
+        Attached("alexnet", ("features.2",)).build((3, 16, 16), 10)
+
+
+def test_weights_are_loaded_strictly_and_name_what_they_have_seen(tmp_path):
+    torch.manual_seed(1)
+    theirs = torchvision().models.squeezenet1_1(num_classes=10)
+    path = tmp_path / "theirs.pt"
+    torch.save(theirs.state_dict(), path)
+    spec = Attached("squeezenet1_1", ("features.5",), weights=str(path), trained_on=("abc",))
+    model, x = spec.build((3, 32, 32), 10).eval(), torch.randn(2, 3, 32, 32)
+    assert model.trained_on == {"abc"}
+    with torch.no_grad():
+        assert torch.allclose(model(x)[-1], theirs.eval()(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (None, "there is no such file"),
+        (b"no checkpoint", "no state dict that loads with weights_only=True"),
+        ({"epoch": 3}, "holds no state dict"),
+        (nn.Linear(2, 2), "no state dict that loads with weights_only=True"),
+        ({"fc.weight": torch.zeros(3, 4), "fd.weight": torch.zeros(1)}, "do not fit.*5 missing.*1 unknown .fd.w.*1 of another shape .fc.w"),
+    ],
+    ids=["absent", "bytes", "no tensors", "a pickled network", "another network"],
+)  # fmt: skip
+def test_weights_that_do_not_fit(tmp_path, content, said):
+    path = tmp_path / "w.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UsageError, match=said):
+        attached(Sized, "a", weights=str(path), trained_on=("abc",)).build((3, 16, 16), 10)
+    with pytest.raises(UsageError, match="say by trained_on"):
+        attached(Sized, "a", weights=str(path)).build((3, 16, 16), 10)
+
+
+@pytest.mark.parametrize(
+    "spec", [Attached(), Attached("densenet121", ("features.denseblock2.denselayer5",))], ids=["mobilenet", "dense"]
+)
+def test_it_is_written_as_onnx_and_quantized(spec):
+    torch.manual_seed(0)
+    model, x = spec.build((3, 32, 32), 10), torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(10):
+            model(x)  # BatchNorm has seen something, else nothing is left of the signal
+    chain = prepared(model.eval(), x, Widths(8, 8), "u8s8", "minmax", "minmax").freeze(round_bias=True)
+    with torch.inference_mode():
+        want = chain(x).numpy()
+    writer, state = OnnxChain(chain, (3, 32, 32), True), [x.numpy()]
+    for k in range(chain.n_exits):
+        proto = writer.write(Segment(k, k + 1, k))
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        logits, *state = session.run(None, dict(zip([i.name for i in proto.graph.input], state, strict=True)))
+        assert np.abs(logits - want[k]).max() <= 0.05 * np.abs(want[k]).max()
