@@ -18,12 +18,13 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 from anytime.dataset import Augment, Part
 from anytime.errors import CorruptFile, Diverged, UsageError, WriteError, near
+from anytime.losses import Joint, Loss
 from anytime.model import AnytimeModel
+from anytime.osgd import OSGD
 from anytime.spec import Spec
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -40,7 +41,8 @@ class Recipe(Spec):
     """How a network is trained.
 
     ``optimizer`` and ``schedule`` are torch's own names, with further arguments as ((name, value), ...).
-    ``exit_weights`` () counts every exit the same. ``start`` "static" begins from the weights of the same
+    ``loss`` is a strategy of losses.py. ``orthogonal`` takes later exits' gradients off the earlier ones' (OSGD), the
+    whole parameter vector that both touch or each tensor by itself. ``start`` "static" begins from the weights of the same
     network without its exits, trained by the same recipe, as BranchyNet does.
     ``precision`` "bf16" is autocast, taken where the device gains from it.
     """
@@ -53,8 +55,8 @@ class Recipe(Spec):
     optimizer_args: tuple[tuple[str, float | bool], ...] = ()
     schedule: str = "CosineAnnealingLR"
     schedule_args: tuple[tuple[str, float | bool | tuple[int, ...]], ...] = ()
-    exit_weights: tuple[float, ...] = ()
-    label_smoothing: float = 0.0
+    loss: Loss = Joint()
+    orthogonal: Literal["no", "vector", "tensor"] = "no"
     start: Literal["scratch", "static"] = "scratch"
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
@@ -64,8 +66,6 @@ class Recipe(Spec):
             raise UsageError(
                 f"recipe: epochs={self.epochs}, batch={self.batch}, lr={self.lr}: use epochs >= 0, batch >= 1, lr > 0"
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise UsageError(f"recipe: label_smoothing={self.label_smoothing} must lie in [0, 1)")
         _torch_name(torch.optim, self.optimizer, torch.optim.Optimizer, "optimizer")
         if self.schedule != "constant":
             _torch_name(torch.optim.lr_scheduler, self.schedule, torch.optim.lr_scheduler.LRScheduler, "schedule")
@@ -144,24 +144,21 @@ def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name:
     x, y = trainer.train.x, trainer.train.y
     layout = torch.channels_last if recipe.channels_last and x.ndim == 4 else torch.contiguous_format
     model.to(memory_format=layout)  # type: ignore[call-overload]
-    weights = recipe.exit_weights or (1.0,) * model.n_exits
-    if len(weights) != model.n_exits:
-        if model.n_exits != 1:
-            raise UsageError(
-                f"recipe.exit_weights has {len(weights)} numbers for a network of {model.n_exits} exits: give one per exit, or ()"
-            )
-        weights = (1.0,)
+    recipe.loss.begin(model)
     steps = math.ceil(len(y) / recipe.batch)
     optimizer, schedule = _optimizer(model, recipe, steps)
     started = time.perf_counter()
     first, spent = 0, 0.0
+    carried: dict[str, float] = {}  # what the loss remembers from batch to batch
+    together = OSGD(optimizer, per_tensor=recipe.orthogonal == "tensor") if recipe.orthogonal != "no" else None
     if place is not None and (place / "checkpoint.pt").exists():
-        first, spent = _resume(place / "checkpoint.pt", model, optimizer, schedule)
+        first, spent = _resume(place / "checkpoint.pt", model, optimizer, schedule, carried)
     for epoch in range(first, recipe.epochs):
         # Everything random in an epoch comes from (seed, epoch), so a resumed epoch is the same epoch.
         torch.manual_seed(seed * 100_003 + epoch)
         draw = torch.Generator().manual_seed(seed * 100_003 + epoch)
         model.train()
+        recipe.loss.epoch(model)
         for step, i in enumerate(torch.split(torch.randperm(len(y), generator=draw), recipe.batch)):
             batch = x[i]
             if trainer.augment is not None:
@@ -169,14 +166,18 @@ def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name:
             batch = batch.contiguous(memory_format=layout)
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
                 logits = model(batch)
-            loss = _loss(logits.float(), y[i], weights, recipe.label_smoothing)
+            terms = recipe.loss(logits.float(), y[i], epoch / recipe.epochs, carried)
+            loss = terms.sum()
             value = loss.item()
             if not math.isfinite(value):
                 raise Diverged(
                     f"training {name!r} met a loss of {value} at epoch {epoch + 1}, step {step + 1}: lower recipe.lr (now {recipe.lr:g})"
                 )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            if together is None:
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                together.backward(list(terms))
             optimizer.step()
             if schedule is not None and recipe.schedule in PER_BATCH_SCHEDULES:
                 schedule.step()
@@ -189,20 +190,18 @@ def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name:
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict() if schedule is not None else {},
+                "loss": carried,
                 "spent_s": spent + time.perf_counter() - started,
             }
             body = io.BytesIO()
             torch.save(state, body)
             write_atomically(place / "checkpoint.pt", body.getvalue())
+    recipe.loss.end(model)
     model.eval()
     model.trained_on = model.trained_on | {trainer.train.digest}
     if place is not None:
         save_weights(model, place / "weights.safetensors", {"wall_s": f"{spent + time.perf_counter() - started:.1f}"})
         (place / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def _loss(logits: Tensor, y: Tensor, weights: tuple[float, ...], smoothing: float) -> Tensor:
-    return torch.stack([w * cross_entropy(z, y, label_smoothing=smoothing) for w, z in zip(weights, logits, strict=True)]).sum()
 
 
 def _torch_name(module: Any, name: str, base: type, what: str) -> Any:
@@ -229,13 +228,16 @@ def _optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.opti
         raise UsageError(f"recipe: {recipe.optimizer} or {recipe.schedule} does not take its arguments: {error}") from error
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> tuple[int, float]:
+def _resume(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, carried: dict[str, float]
+) -> tuple[int, float]:
     try:
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if schedule is not None:
             schedule.load_state_dict(state["schedule"])
+        carried.update(state["loss"])
         return int(state["epoch"]), float(state["spent_s"])
     except Exception as error:
         raise CorruptFile(f"the checkpoint {path} cannot be read ({_first_line(error)}): delete it and start again") from error

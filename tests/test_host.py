@@ -189,7 +189,7 @@ class Ticking(Deployable):
     """Three exits; start takes 1000 ns, stage k 10 (k + 1), a head 7; two fifths of each on the CPU. Says class k, ever surer."""
 
     format, execution, simulated = "torch", "ticking", False
-    n_exits = 3
+    n_exits, restarts = 3, False
 
     def __init__(self, clock: Clock, nan: bool = False) -> None:
         self.clock, self.nan, self.calls = clock, nan, []  # type: ignore[var-annotated]

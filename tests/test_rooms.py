@@ -14,7 +14,8 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "progress": "", "augment": "dataset", "osgd": "",
     "rows": "metrics record", "figures": "metrics record", "report": "metrics record rows figures",
     "model": "spec", "dataset": "spec metrics", "policy": "spec metrics stops",
-    "train": "spec model dataset",
+    "losses": "spec model",
+    "train": "spec model dataset losses osgd",
     "quant": "model metrics layers",
     "backend": "spec metrics model dataset train quant",
     "cost": "metrics model backend",
@@ -35,7 +36,8 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
 
 HEAVY = {  # vendor -> rooms that may import it at the top of a file; the others only inside a method
     "torch": {
-        *("model", "layers", "dataset", "augment", "train", "quant", "backend", "cost", "models", "datasets", "backends", "boards"),
+        *("model", "layers", "dataset", "augment", "losses", "train", "quant", "backend", "cost"),
+        *("models", "datasets", "backends", "boards"),
         *("workshop", "scoring", "run", "machine", "osgd"),
     },
     "pandas": {"rows", "report", "figures"},

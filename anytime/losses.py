@@ -1,0 +1,176 @@
+"""What a training minimises: strategies that a recipe names.
+
+A loss answers with its terms, in the order of the exits; their sum is minimised (OSGD takes them one by one).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
+
+from anytime.errors import UsageError
+from anytime.model import AnytimeModel
+from anytime.spec import Spec
+
+State = dict[str, float]  # what a loss carries from batch to batch; it lies in the checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Spec, ABC):
+    """Terms from the logits of every exit.
+
+    ``label_smoothing`` is that of every cross-entropy in it.
+    """
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"{type(self).__name__}: label_smoothing={self.label_smoothing} must lie in [0, 1)")
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
+        """logits [E, B, K] float32, y [B], ``done`` in [0, 1) of the training by epochs -> terms [T]; may write ``state``."""
+
+    def begin(self, model: AnytimeModel) -> None:
+        """Before the optimizer is made: which parameters learn."""
+
+    def epoch(self, model: AnytimeModel) -> None:
+        """At the start of each epoch, in training mode."""
+
+    def end(self, model: AnytimeModel) -> None:
+        """After the training."""
+
+    def each(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of every exit [E]."""
+        return torch.stack([cross_entropy(z, y, label_smoothing=self.label_smoothing) for z in logits])
+
+
+@dataclass(frozen=True)
+class Joint(Loss):
+    """Weighted sum of the exits' cross-entropies; weights () count every exit the same.
+
+    A network of one exit takes weight 1. Sub-networks that restart (IResNeXt) train so too: their gradients add up.
+    Source: BranchyNet, arXiv:1709.01686, section III-B; IResNeXt, Lee and Shin 2018, section 3.
+    """
+
+    weights: tuple[float, ...] = ()
+
+    def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
+        each = self.each(logits, y)
+        weights = self.weights if len(logits) > 1 else ()
+        if weights and len(weights) != len(each):
+            raise UsageError(
+                f"recipe.loss.weights has {len(weights)} numbers for a network of {len(each)} exits: give one per exit, or ()"
+            )
+        return each * torch.tensor(weights) if weights else each
+
+
+@dataclass(frozen=True)
+class FrozenTrunk(Loss):
+    """Only the side heads learn; trunk and last head stay as they are, BatchNorm statistics too (IC-only).
+
+    Source: SDN, Kaya et al., ICML 2019, arXiv:1810.07052, section 4.2.
+    """
+
+    def begin(self, model: AnytimeModel) -> None:
+        if model.n_exits == 1:
+            raise UsageError("FrozenTrunk has nothing to train in a network of one exit: name a network with side heads")
+        for part in (model.stages, model.heads[-1]):
+            part.requires_grad_(False)
+
+    def epoch(self, model: AnytimeModel) -> None:
+        for part in (model.stages, model.heads[-1]):
+            part.eval()
+
+    def end(self, model: AnytimeModel) -> None:
+        model.requires_grad_(True)
+
+    def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
+        return self.each(logits[:-1], y)
+
+
+@dataclass(frozen=True)
+class TrunkThenJoint(Loss):
+    """The last exit alone for the first ``share`` of the epochs, then all exits jointly, each counted the same.
+
+    Source: Kubaty et al. 2024, "How to Train Your Multi-Exit Model?", arXiv:2407.14320, the "mixed" regime. Deviation: one
+    optimizer and one schedule run through both phases.
+    """
+
+    share: float = 0.5
+
+    def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
+        each = self.each(logits, y)
+        return each[-1:] if done < self.share else each
+
+
+@dataclass(frozen=True)
+class Rising(Loss):
+    """The last exit with weight 1, side exits with weights that rise over the training to 0.15, 0.3, ... 0.9.
+
+    tau_i = min(C_i, 0.01 + done * C_i), C spread evenly up to ``most`` over the side exits.
+    Source: SDN, Kaya et al., ICML 2019, arXiv:1810.07052, section 4.2 and the authors' aux_funcs.py (100 epochs, six side exits).
+    """
+
+    most: float = 0.9
+
+    def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
+        each, n = self.each(logits, y), len(logits) - 1
+        if n == 0:
+            return each
+        top = torch.linspace(self.most / n, self.most, n)
+        return torch.cat([torch.minimum(top, 0.01 + done * top) * each[:-1], each[-1:]])
+
+
+@dataclass(frozen=True)
+class LinearWithLateKL(Loss):
+    """Exit j of K weighs j / (K (K + 1)); from ``late`` of the training on, side exits also imitate the last one.
+
+    The imitation is ``strength`` T^2 KL(softmax(z_j / T) || softmax(z_K / T)), T = ``temperature``; the last exit is not pulled.
+    Source: EENet, Ilhan et al., WACV 2024, arXiv:2301.07099, and its train.py and config.py.
+    """
+
+    late: float = 0.75
+    strength: float = 0.01
+    temperature: float = 3.0
+
+    def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
+        n = len(logits)
+        terms = self.each(logits, y) * torch.arange(1, n + 1) / (n * (n + 1))
+        if done >= self.late and n > 1:
+            t = self.temperature
+            teacher = log_softmax(logits[-1].detach() / t, -1)
+            pulls = [kl_div(teacher, log_softmax(z / t, -1), reduction="batchmean", log_target=True) for z in logits[:-1]]
+            terms = torch.cat([terms[:-1] + self.strength * t**2 * torch.stack(pulls), terms[-1:]])
+        return terms
+
+
+@dataclass(frozen=True)
+class Distilled(Loss):
+    """Side exits learn from the labels and from the last exit's softened answer; the temperature rises as it grows sure.
+
+    scale [(1 - C) sum_k CE_k + C T^2 sum_{k<K} H(softmax(z_K / T), softmax(z_k / T))], scale = 2 x 5 / K, C = ``share``. T starts
+    at 1 and is multiplied by ``growth`` after each batch in which the last exit's mean largest probability at T exceeds
+    ``sure``; T is part of the checkpoint.
+    Source: Phuong and Lampert, "Distillation-based Training for Multi-Exit Architectures", ICCV 2019, section 4, and main.py.
+    """
+
+    share: float = 0.5
+    growth: float = 1.05
+    sure: float = 0.5
+
+    def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
+        n, t = len(logits), state.setdefault("temperature", 1.0)
+        teacher = softmax(logits[-1].detach() / t, -1)
+        soft = [-(teacher * log_softmax(z / t, -1)).sum(-1).mean() for z in logits[:-1]]
+        terms = (1 - self.share) * self.each(logits, y)
+        if soft:
+            terms = torch.cat([terms[:-1] + self.share * t**2 * torch.stack(soft), terms[-1:]])
+        if float(teacher.max(-1).values.mean()) > self.sure:
+            state["temperature"] = t * self.growth
+        return terms * (10 / n)
