@@ -24,7 +24,7 @@ def add(exp: Experiment, results: Path) -> list[Path]:
     """Copy the float networks that an experiment has trained from its cache to ``results/zoo``; answer their files.
 
     ``manifest.json`` holds for each its spec, key, ``trained_on``, sha256, test accuracy per exit, command, wall time
-    and device. UsageError when the experiment has not been run to its evaluations; files over 4 MB are refused.
+    and device. What is not trained and evaluated yet is left out, UsageError when that is all; files over 4 MB are refused.
     """
     zoo, shop = results / "zoo", Workshop(results)
     known = {r.fact: r for r, _ in load(results / "records", exp.name).records if r.kind == "eval"}
@@ -36,9 +36,7 @@ def add(exp: Experiment, results: Path) -> list[Path]:
         name = shop.trainer(cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed).place("base")
         weights = shop.cache / "trained" / name / "weights.safetensors"
         if record is None or not weights.exists():
-            raise UsageError(
-                f"{cell.model.label} on {cell.data.label} is not trained and evaluated yet: make exp EXP={exp.name} first"
-            )
+            continue
         body = weights.read_bytes()
         if len(body) > LARGEST:
             raise AnytimeError(
@@ -58,6 +56,8 @@ def add(exp: Experiment, results: Path) -> list[Path]:
             "spec": plain(("training", cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed)),
         }  # fmt: skip
         added.append(path)
+    if not added:
+        raise UsageError(f"no network of {exp.name} is trained, evaluated and in the cache: make exp EXP={exp.name} first")
     write_atomically(zoo / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
     return added
 

@@ -69,7 +69,7 @@ def test_a_tampered_file_is_refused_by_its_hash(zoo, tmp_path):
 
 
 def test_what_was_never_trained_cannot_be_added(tmp_path):
-    with pytest.raises(UsageError, match="not trained and evaluated yet: make exp"):
+    with pytest.raises(UsageError, match="no network of small is trained.*make exp EXP=small first"):
         add(small(), tmp_path)
 
 
