@@ -1,10 +1,12 @@
 """How many bits can a network with side branches lose, and what do the exits make of it?
 
-    make exp EXP=qat_branchynet        (about an hour on 2 cores)
+    make exp EXP=qat_branchynet        (48 minutes from nothing on 2 cores; its float networks lie in results/zoo)
 
 B-LeNet on MNIST and B-AlexNet on CIFAR-10 with their static twins, in FP32, FP32 trained on for the QAT's epochs,
 FP16, BF16, INT8 PTQ, INT8 QAT and INT4 QAT. Every network begins from the trained static one, as BranchyNet does
-(20 epochs), and is then trained 20 more; the static twin too. Gave: see results/tables/qat_branchynet.md.
+(20 epochs), and is then trained 20 more; the static twin too. Gave (results/tables/qat_branchynet.md): INT8 loses nothing
+that 10,000 images can show, at any exit; INT4 QAT half a point on CIFAR-10. B-LeNet executes 4.2 times fewer MACs than LeNet
+under the entropy policy and is 1.5 times faster in ONNX Runtime; its INT8 is slower than its FP32 there (5 to 20 channels).
 """
 
 from anytime.backends.float import BFloat16, Float16, Float32
