@@ -3,8 +3,9 @@
     make exp EXP=baselines_sdn        (about 4 hours on 2 cores; a finished network is never trained again)
 
 SDN on ResNet-20 and on ResNet-56 with their static twins, trained alike: 30 epochs, the side exits' weights rising to
-0.15 ... 0.9 as SDN's do. FP32 and INT8 PTQ, executed by ONNX Runtime, under a max-probability policy. What is there so far:
-results/tables/baselines_sdn.md.
+0.15 ... 0.9 as SDN's do. FP32 and INT8 PTQ, executed by ONNX Runtime, under a max-probability policy. Gave so far
+(results/tables/baselines_sdn.md, the ResNet-20 pair): last exit 90.03 % against the static twin's 90.06 %; at three quarters of
+its MACs 90.02 % and no faster in FP32 (0.99x), 1.36x in INT8.
 """
 
 from anytime.backends.float import Float32
