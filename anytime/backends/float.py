@@ -12,7 +12,7 @@ from anytime import cpu
 from anytime.backend import Backend, BitMap, Bits, Deployable, Target, TorchNet
 from anytime.dataset import Part
 from anytime.model import AnytimeModel
-from anytime.quant.graph import links, traced
+from anytime.quant.trace import links, traced
 from anytime.spec import key
 from anytime.train import TUNE_LR_SCALE, Trainer
 

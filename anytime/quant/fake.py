@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,52 +12,109 @@ from torch.nn.functional import conv2d, linear
 from anytime.quant.ranges import Grid, Histogram
 
 
+class ActivationLearner(nn.Module, ABC):
+    """Rounds an activation in a way that learns; lives in a FakeQuant until that settles."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """x, rounded."""
+
+    @abstractmethod
+    def grid(self) -> Grid:
+        """What was learned."""
+
+
+class Settled(NamedTuple):
+    """A weight [O, ...] on its grid: ``weight / scale`` per output channel are integers in qmin..qmax."""
+
+    weight: Tensor
+    scale: Tensor  # [O], positive
+    qmin: int
+    qmax: int
+
+
+class WeightLearner(nn.Module, ABC):
+    """Rounds a weight in a way that learns; lives in a layer until that settles."""
+
+    @abstractmethod
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight, rounded."""
+
+    @abstractmethod
+    def settle(self, weight: Tensor) -> Settled:
+        """What was learned, equal to ``forward(weight)``."""
+
+
 class FakeQuant(nn.Module):
     """One Q/DQ pair on an activation, shared by everything that reads the tensor.
 
-    ``mode``: "extremes" and "values" only watch (calibration's two passes), "on" rounds. Inside the range the
-    gradient is 1, outside 0 (STE). Rounding is half to even, as in ONNX.
+    ``name``: the tensor, as calibration knows it. ``mode``: "off" passes, "extremes" and "values" only watch
+    (calibration's two passes), "on" rounds. Inside the range the gradient is 1, outside 0 (STE). Rounding is half to
+    even, as in ONNX. A ``learner`` rounds in its place while it is trained.
     Source: Jacob et al., CVPR 2018, arXiv:1712.05877, section 3; Bengio et al. 2013 (STE).
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, bits: int, signed: bool) -> None:
+    def __init__(self, bits: int, signed: bool, name: str = "") -> None:
         super().__init__()
-        self.bits, self.signed = bits, signed
-        self.qmin: int = -(2 ** (bits - 1)) if signed else 0
-        self.qmax: int = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+        self.signed, self.name = signed, name
+        self.resize(bits)
         self.register_buffer("scale", torch.tensor(float("nan")))  # NaN until calibrated
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
-        self.mode: Literal["extremes", "values", "on"] = "extremes"
-        self.seen: Histogram | None = Histogram()
+        self.mode: Literal["off", "extremes", "values", "on"] = "off"
+        self.seen: Histogram | None = None
+        self.learner: ActivationLearner | None = None
+
+    def resize(self, bits: int) -> None:
+        """Take another width, before calibration."""
+        self.bits = bits
+        self.qmin: int = -(2 ** (bits - 1)) if self.signed else 0
+        self.qmax: int = 2 ** (bits - 1) - 1 if self.signed else 2**bits - 1
 
     @property
     def calibrated(self) -> bool:
         """Whether it has a grid."""
         return bool(torch.isfinite(self.scale))
 
+    @property
+    def grid(self) -> Grid:
+        """Its grid."""
+        return Grid(float(self.scale), int(self.zero_point), self.qmin, self.qmax)
+
     def set(self, grid: Grid) -> None:
         """Take a grid and start to round."""
         self.scale.fill_(grid.scale)
         self.zero_point.fill_(grid.zero_point)
-        self.seen = None
-        self.mode = "on"
+        self.qmin, self.qmax = grid.qmin, grid.qmax
+        self.seen, self.mode = None, "on"
+
+    def settle(self) -> None:
+        """Take over what the learner has learned, and let go of it."""
+        if self.learner is not None:
+            self.set(self.learner.grid())
+            self.learner = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "on":
+            if self.learner is not None:
+                return self.learner(x)  # type: ignore[no-any-return]
             return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, self.qmin, self.qmax)
-        assert self.seen is not None
-        (self.seen.see_extremes if self.mode == "extremes" else self.seen.see_values)(x)
+        if self.mode != "off":
+            assert self.seen is not None
+            (self.seen.see_extremes if self.mode == "extremes" else self.seen.see_values)(x)
         return x
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self.signed}"
 
 
-class _QuantWeight(nn.Module):
-    """What QConv2d and QLinear share: weights [O, ...] on a symmetric grid per output channel."""
+class QuantizedLayer(nn.Module):
+    """What QConv2d and QLinear share: weights [O, ...] on a symmetric grid per output channel.
+
+    ``weight_qmin`` .. ``weight_qmax`` are its integers: without the lowest one, unless a learner settled on a wider grid.
+    """
 
     weight: Tensor
     weight_scale: Tensor
@@ -65,29 +123,46 @@ class _QuantWeight(nn.Module):
 
     def _take(self, bits: int) -> None:
         self.weight_bits, self.on = bits, False
+        self.weight_qmax = (1 << (bits - 1)) - 1
+        self.weight_qmin = -self.weight_qmax
+        self.learner: WeightLearner | None = None
         self.register_buffer("weight_scale", torch.full((self.weight.shape[0],), float("nan")))
         self.register_buffer("_zeros", torch.zeros(self.weight.shape[0], dtype=torch.int32), persistent=False)
-
-    @property
-    def weight_qmax(self) -> int:
-        """Largest integer; the grid is symmetric, so -weight_qmax is the smallest."""
-        return (1 << (self.weight_bits - 1)) - 1
 
     def rounded(self) -> Tensor:
         """The weight on its grid; the weight as it is until it is calibrated."""
         if not self.on:
             return self.weight
-        q = self.weight_qmax
-        zeros = self.get_buffer("_zeros")
-        return torch.fake_quantize_per_channel_affine(self.weight.float(), self.weight_scale, zeros, 0, -q, q)
+        if self.learner is not None:
+            return self.learner(self.weight)  # type: ignore[no-any-return]
+        return torch.fake_quantize_per_channel_affine(
+            self.weight.float(), self.weight_scale, self.get_buffer("_zeros"), 0, self.weight_qmin, self.weight_qmax
+        )
+
+    def settle(self) -> None:
+        """Take over what the learner has learned, and let go of it."""
+        if self.learner is not None:
+            self.put(self.learner.settle(self.weight))
+            self.learner = None
+
+    def put(self, settled: Settled) -> None:
+        """Take a weight and its grid."""
+        with torch.no_grad():
+            self.weight.copy_(settled.weight)
+            self.weight_scale.copy_(settled.scale)
+        self.weight_qmin, self.weight_qmax = settled.qmin, settled.qmax
 
     def integers(self) -> Tensor:
-        """The weight as integers in [-weight_qmax, weight_qmax], float dtype, same shape."""
-        scale = self.weight_scale.view(-1, *(1,) * (self.weight.ndim - 1))
-        return (self.weight / scale).round().clamp(-self.weight_qmax, self.weight_qmax)
+        """The weight as integers in [weight_qmin, weight_qmax], float dtype, same shape."""
+        return (self.weight / per_channel(self.weight_scale, self.weight)).round().clamp(self.weight_qmin, self.weight_qmax)
 
 
-class QConv2d(_QuantWeight, nn.Conv2d):
+def per_channel(values: Tensor, weight: Tensor) -> Tensor:
+    """[O] shaped so that it multiplies a weight [O, ...] channel by channel."""
+    return values.view(-1, *(1,) * (weight.ndim - 1))
+
+
+class QConv2d(QuantizedLayer, nn.Conv2d):
     """A convolution that multiplies rounded weights."""
 
     def __init__(self, of: nn.Conv2d, bits: int) -> None:
@@ -102,7 +177,7 @@ class QConv2d(_QuantWeight, nn.Conv2d):
         return conv2d(x, self.rounded(), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-class QLinear(_QuantWeight, nn.Linear):
+class QLinear(QuantizedLayer, nn.Linear):
     """A linear layer that multiplies rounded weights."""
 
     def __init__(self, of: nn.Linear, bits: int) -> None:

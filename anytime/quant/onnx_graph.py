@@ -23,7 +23,7 @@ from anytime.errors import Unsupported
 from anytime.layers import MixedPool2d, ZeroPadShortcut
 from anytime.model import AnytimeModel, Segment
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear
-from anytime.quant.graph import PASS_CALLS, PASS_METHODS, PASS_MODULES
+from anytime.quant.trace import PASS_CALLS, PASS_METHODS, PASS_MODULES
 
 OPSET, IR = 13, 7
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from anytime.errors import Unsupported
 from anytime.metrics import Floats
 
-Observer = Literal["minmax", "percentile", "mse", "entropy"]
+Observer = Literal["minmax", "moving", "percentile", "mse", "entropy"]
 BINS = 2048  # TensorRT's
+MOVING_BATCH, MOVING_SHARE = 32, 0.1  # "moving": how many samples make a batch, and what share of the average a new one takes
 TINY = 1e-30  # a range under this is nothing but zeros: its step would not be a normal float32
 
 
@@ -33,17 +34,23 @@ class Histogram:
 
     def __init__(self) -> None:
         self.low, self.high = np.inf, -np.inf
+        self.moving: tuple[float, float] | None = None  # moving average of the batches' extremes
         self.counts = np.zeros(BINS)  # over [low, high]
         self.abs_counts = np.zeros(BINS)  # over [0, max(|low|, |high|)]
 
     def see_extremes(self, x: Tensor) -> None:
         """First pass. Unsupported on NaN or infinity."""
-        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        lows, highs = torch.aminmax(x.detach().float().reshape(len(x), -1), dim=1)
+        low, high = float(lows.min()), float(highs.max())
         if not (np.isfinite(low) and np.isfinite(high)):
             raise Unsupported(
                 "calibration met NaN or infinity in an activation: the float network is broken on its calibration images"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
+        for some_lows, some_highs in zip(torch.split(lows, MOVING_BATCH), torch.split(highs, MOVING_BATCH), strict=True):
+            new = float(some_lows.min()), float(some_highs.max())
+            old = self.moving or new
+            self.moving = (old[0] + MOVING_SHARE * (new[0] - old[0]), old[1] + MOVING_SHARE * (new[1] - old[1]))
 
     def see_values(self, x: Tensor) -> None:
         """Second pass."""
@@ -84,8 +91,9 @@ def symmetric(amax: float, bits: int, narrow: bool) -> Grid:
 def activation_grid(h: Histogram, observer: Observer, bits: int, signed: bool, percentile: float = 99.99) -> Grid:
     """Per-tensor grid: affine unsigned (CPU engines), or symmetric signed (TensorRT).
 
-    minmax; percentile: both tails in the affine case, |x| in the symmetric; mse: the shrunk range with the
-    least squared error on the histogram; entropy: TensorRT's search on |x|, cut to the range seen.
+    minmax; moving: an exponential moving average of the extremes of batches of 32; percentile: both tails in the affine
+    case, |x| in the symmetric; mse: the shrunk range with the least squared error on the histogram; entropy: TensorRT's
+    search on |x|, cut to the range seen.
     Source: Jacob et al. 2018 (affine), NVIDIA GTC 2017 S7310 (entropy), ``reference/quantization.md`` section c.
     """
     if not np.isfinite(h.amax):
@@ -98,7 +106,8 @@ def activation_grid(h: Histogram, observer: Observer, bits: int, signed: bool, p
         amax = entropy_amax(h.abs_counts, h.amax, levels)
         low, high = max(h.low, -amax), min(h.high, amax)
     else:
-        low, high, amax = h.low, h.high, h.amax
+        low, high = h.moving if observer == "moving" and h.moving is not None else (h.low, h.high)
+        amax = max(abs(low), abs(high))
     if observer != "mse":
         return symmetric(amax, bits, narrow=False) if signed else affine(low, high, bits)
     grids = [symmetric(s * amax, bits, False) if signed else affine(s * low, s * high, bits) for s in SHRINK]
@@ -174,7 +183,7 @@ def _kl(p: Floats, q: Floats) -> float:
 def weight_scales(w: Tensor, bits: int, observer: Observer) -> Tensor:
     """Symmetric per-output-channel scales [O] for weights [O, ...]; an all-zero channel gets scale 1.
 
-    minmax takes the channel's largest |w|; every other observer searches the least squared error over shrunk
+    minmax and moving take the channel's largest |w|; every other observer searches the least squared error over shrunk
     ranges, since a histogram of so few weights says less than the weights themselves.
     """
     flat = w.detach().flatten(1)
@@ -183,7 +192,7 @@ def weight_scales(w: Tensor, bits: int, observer: Observer) -> Tensor:
     qmax = (1 << (bits - 1)) - 1
     full = flat.abs().amax(1)
     full = torch.where(full >= TINY, full, torch.full_like(full, float(qmax)))
-    if observer == "minmax":
+    if observer in ("minmax", "moving"):
         return full / qmax
     best, best_error = full / qmax, torch.full_like(full, torch.inf)
     for s in SHRINK:

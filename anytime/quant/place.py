@@ -1,0 +1,259 @@
+"""Where quantizers go in a chain, by the rules of each target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from anytime.errors import Unsupported
+from anytime.model import AnytimeModel
+from anytime.quant.bits import Bits, Target
+from anytime.quant.fake import FakeQuant, QConv2d, QLinear, QuantizedLayer
+from anytime.quant.trace import conv_before, is_add, is_relu, links, module_of, output_nodes, passes
+
+MULTIPLIERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
+MULTIPLYING_CALLS = (
+    *(F.conv1d, F.conv2d, F.conv3d, F.linear, F.bilinear),
+    *(torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.einsum),
+)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bits of weights and activations.
+
+    ``edge``: those of the first layer and of each head's last one. ``add``: those of a tensor that something other than a
+    layer reads too (an addition, a pooling); layers that want fewer bits of it read it rounded once more. 0: as
+    ``activation``, and every reader shares one quantizer. ``layers``: path -> bits of single layers.
+    """
+
+    weight: int
+    activation: int
+    edge: int = 8
+    add: int = 0
+    layers: Mapping[str, Bits] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        asked = {"weight": self.weight, "activation": self.activation, "edge": self.edge, "add": self.add or 8}
+        for path, bits in self.layers.items():
+            asked |= {f"{path} weight": bits.weight, f"{path} activation": bits.activation}
+        for name, bits_asked in asked.items():
+            if not (2 <= bits_asked <= 8 or bits_asked == 16):
+                raise Unsupported(f"{name} bits {bits_asked}: this quantizer knows 2 to 8 and 16")
+
+    def of(self, layer: str, edge: bool) -> Bits:
+        """What a layer multiplies."""
+        if layer in self.layers:
+            return self.layers[layer]
+        return Bits(max(self.weight, self.edge), max(self.activation, self.edge)) if edge else Bits(self.weight, self.activation)
+
+
+class Placement:
+    """Puts quantizers into every link of a traced chain, in its order.
+
+    One per tensor, on what is produced, shared by all its readers: a tap that feeds the next stage and a head is rounded
+    once. None between a layer and the BatchNorm and ReLU fused to it, on what only moves values, on logits.
+    For "s8s8" TensorRT's fusions too: of an addition only the skip side is rounded, so that the other convolution takes
+    the addition in; sums of sums stay in float; what is concatenated shares one grid.
+    ``sources``: layer path -> the quantizer of the tensor that it multiplies.
+    Source: ``reference/quantization.md`` section c; NVIDIA TensorRT documentation, "Explicit quantization", "Q/DQ placement".
+    """
+
+    def __init__(self, model: AnytimeModel, widths: Widths, target: Target, exclusions: tuple[str, ...]) -> None:
+        self.widths, self.target, self.exclusions = widths, target, exclusions
+        self.sources: dict[str, FakeQuant] = {}
+        self._wishes: dict[FakeQuant, list[int]] = {}  # bits that the readers of a tensor want
+        self._tied: list[list[FakeQuant]] = []
+        self._reads: list[tuple[fx.GraphModule, fx.Node, str, int]] = []  # every layer: its link, node, path, wanted bits
+        state: Any = None  # quantizer of the state, or a tuple of them; None: the input, not yet rounded
+        first = _first_layer(model, 0)
+        for k in range(model.n_exits):
+            if model.restarts:
+                state, first = None, _first_layer(model, k)
+            state = self._link(model.stages[k], f"stages.{k}", state, first, head=False)
+            self._link(model.heads[k], f"heads.{k}", state, first, head=True)
+        self._tie(model)
+        self._size()
+        for _, link in links(model):
+            link.recompile()
+
+    def _link(self, g: nn.Module, path: str, state: Any, first: str, head: bool) -> Any:
+        """Put quantizers into one link; answer the quantizers of its output."""
+        assert isinstance(g, fx.GraphModule)
+        edges = {first, _last_layer(g, path) if head else ""}
+        held: dict[fx.Node, Any] = {}
+        outputs = output_nodes(g.graph)
+
+        def put_after(node: fx.Node) -> None:
+            q = FakeQuant(8, self.target == "s8s8", f"{path}:{node.name}")
+            name = f"quant_{node.name}"
+            g.add_module(name, q)
+            with g.graph.inserting_after(node):
+                new = g.graph.call_module(name, (node,))
+            node.replace_all_uses_with(new, lambda user: user is not new)
+            held[node] = held[new] = q
+            self._wishes[q] = []
+
+        for node in list(g.graph.nodes):
+            if node.op == "placeholder":
+                held[node] = state
+                if state is None:
+                    put_after(node)
+            elif node.op == "get_attr":
+                held[node] = None
+            elif node.op == "output":
+                continue
+            elif node.op == "call_function" and node.target is getitem:
+                of = held.get(node.args[0])
+                held[node] = of[node.args[1]] if isinstance(of, tuple) else of
+            elif passes(g, node):
+                held[node] = held.get(node.args[0])
+            elif node.target is torch.cat and self.target == "s8s8":
+                held[node] = self._concatenate([held.get(n) for n in node.all_input_nodes])
+            else:
+                self._read(g, node, path, edges, held)
+                if not self._stays_float(g, node, outputs, head):
+                    put_after(node)
+        result: Any = g.graph.output_node().args[0]
+        return tuple(held.get(n) for n in result) if isinstance(result, tuple | list) else held.get(result)
+
+    def _read(self, g: fx.GraphModule, node: fx.Node, path: str, edges: set[str], held: dict[fx.Node, Any]) -> None:
+        """Note what a node wants of the tensors that it reads; replace a conv or linear by its quantized form."""
+        full, layer = f"{path}.{node.target}", module_of(g, node)
+        source = held.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
+        if isinstance(layer, nn.Conv2d | nn.Linear) and full not in self.exclusions:
+            bits = self.widths.of(full, full in edges)
+            if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+                g.set_submodule(str(node.target), QConv2d(layer, bits.weight))
+            elif type(layer) is nn.Linear:
+                g.set_submodule(str(node.target), QLinear(layer, bits.weight))
+            if not isinstance(module_of(g, node), QuantizedLayer):
+                return  # whatever else multiplies is found by check_coverage
+            if isinstance(source, FakeQuant):
+                self.sources[full] = source
+                self._wishes[source].append(bits.activation)
+                self._reads.append((g, node, full, bits.activation))
+        else:
+            for n in node.all_input_nodes:
+                if isinstance(held.get(n), FakeQuant):
+                    self._wishes[held[n]].append(self.widths.add or self.widths.activation)
+
+    def _stays_float(self, g: fx.GraphModule, node: fx.Node, outputs: set[fx.Node], head: bool) -> bool:
+        """Whether what this node makes is fused into what reads it, or is the logits."""
+        if node in outputs:
+            return head
+        if len(node.users) != 1:
+            return False
+        user = next(iter(node.users))
+        if is_relu(g, user) or conv_before(g, user) is node:
+            return True
+        return self.target == "s8s8" and is_add(user) and (is_add(node) or _main_branch(g, node, user))
+
+    def _concatenate(self, parts: list[Any]) -> Any:
+        self._tied.append([q for q in parts if isinstance(q, FakeQuant)])
+        return self._tied[-1][0] if self._tied[-1] else None
+
+    def _tie(self, model: AnytimeModel) -> None:
+        """Make one quantizer of all that are concatenated, directly or through one another."""
+        instead: dict[FakeQuant, FakeQuant] = {}
+
+        def root(q: FakeQuant) -> FakeQuant:
+            while q in instead:
+                q = instead[q]
+            return q
+
+        for group in self._tied:
+            for q in group:
+                if root(q) is not root(group[0]):
+                    instead[root(q)] = root(group[0])
+        for q in instead:
+            self._wishes[root(q)] += self._wishes[q]
+        for _, g in links(model):
+            for name, m in list(g.named_modules(remove_duplicate=False)):
+                if m in instead:
+                    g.set_submodule(name, root(m))
+        self.sources = {path: root(q) for path, q in self.sources.items()}
+
+    def _size(self) -> None:
+        """Give every quantizer the bits of its widest reader, and layers that want fewer one of their own."""
+        for q, wishes in self._wishes.items():
+            q.resize(max(wishes, default=self.widths.add or self.widths.activation))
+        if not self.widths.add:
+            return
+        own: dict[tuple[fx.Node, int], str] = {}
+        for g, node, full, bits in self._reads:
+            if bits >= self.sources[full].bits:
+                continue
+            read: Any = node.args[0]
+            if (read, bits) not in own:
+                q = FakeQuant(bits, self.target == "s8s8", f"{full}:input")
+                own[read, bits] = f"quant_{node.name}_input"
+                g.add_module(own[read, bits], q)
+            with g.graph.inserting_before(node):
+                node.replace_input_with(read, g.graph.call_module(own[read, bits], (read,)))
+            self.sources[full] = g.get_submodule(own[read, bits])  # type: ignore[assignment]
+
+
+def _first_layer(model: AnytimeModel, k: int) -> str:
+    layers = _layers(model.stages[k])
+    return f"stages.{k}.{layers[0]}" if layers else ""
+
+
+def _last_layer(g: fx.GraphModule, path: str) -> str:
+    layers = _layers(g)
+    return f"{path}.{layers[-1]}" if layers else ""
+
+
+def _layers(g: nn.Module) -> list[str]:
+    assert isinstance(g, fx.GraphModule)
+    return [str(n.target) for n in g.graph.nodes if isinstance(module_of(g, n), nn.Conv2d | nn.Linear)]
+
+
+def _conv_of(g: fx.GraphModule, node: Any) -> fx.Node | None:
+    """The convolution whose result this is, BatchNorm between them or not."""
+    conv = node if isinstance(module_of(g, node), nn.Conv2d) else conv_before(g, node) if isinstance(node, fx.Node) else None
+    return conv if isinstance(node, fx.Node) and conv is not None else None
+
+
+def _main_branch(g: fx.GraphModule, node: fx.Node, add: fx.Node) -> bool:
+    """Whether TensorRT fuses this addition into the convolution that made ``node``: the later one of two."""
+    mine = _conv_of(g, node)
+    if mine is None:
+        return False
+    other = next((n for n in add.all_input_nodes if n is not node), None)
+    theirs = _conv_of(g, _behind(g, other)) if other is not None and len(other.users) == 1 else None
+    if theirs is None:
+        return True
+    order = list(g.graph.nodes)
+    mine_at, theirs_at = (order.index(c.args[0]) for c in (mine, theirs))
+    return (mine_at, -order.index(mine)) > (theirs_at, -order.index(theirs))
+
+
+def _behind(g: fx.GraphModule, node: fx.Node) -> Any:
+    """What a quantizer stands on."""
+    return node.args[0] if isinstance(module_of(g, node), FakeQuant) else node
+
+
+def uncovered(model: AnytimeModel, sources: Mapping[str, FakeQuant]) -> Iterator[tuple[str, str]]:
+    """(layer path, why) of every layer that multiplies without calibrated quantizers."""
+    for path, g in links(model):
+        for node in g.graph.nodes:
+            name = f"{path}.{node.target if node.op == 'call_module' else node.name}"
+            layer = module_of(g, node)
+            if isinstance(layer, QConv2d | QLinear):
+                if name not in sources or not sources[name].calibrated:
+                    yield name, "its input has no calibrated quantizer"
+                elif not bool(torch.isfinite(layer.weight_scale).all()):
+                    yield name, "its weight is not calibrated"
+            elif isinstance(layer, MULTIPLIERS):
+                yield name, f"no quantizer for {type(layer).__name__}"
+            elif node.op == "call_function" and node.target in MULTIPLYING_CALLS:
+                yield name, f"no quantizer for the function {node.target.__name__}"
+            elif node.op == "call_method" and node.target in ("matmul", "bmm", "mm", "addmm"):
+                yield name, f"no quantizer for the method {node.target}"
