@@ -21,7 +21,8 @@ from anytime.quant.bits import FP32 as FP32
 from anytime.quant.bits import BitMap as BitMap
 from anytime.quant.bits import Bits as Bits
 from anytime.quant.bits import Target as Target
-from anytime.quant.graph import Quantized
+from anytime.quant.graph import Quantized, Widths
+from anytime.quant.ranges import Observer
 from anytime.spec import Spec
 from anytime.train import Trainer
 
@@ -135,11 +136,6 @@ def fake_quant_net(net: Quantized, target: Target) -> TorchNet:
     return TorchNet(net.freeze(round_bias=target == "u8s8"), bits, simulated=True, execution="fake-quant", facts=facts)
 
 
-def integer_column(bits: Bits, method: str) -> str:
-    """ "INT8 PTQ" when weights and activations share a width, else "W4A8 PTQ"."""
-    return f"INT{bits.weight} {method}" if bits.weight == bits.activation else f"W{bits.weight}A{bits.activation} {method}"
-
-
 @dataclass(frozen=True)
 class Backend(Spec, ABC):
     """Makes a trained float network smaller or faster; backends wrap backends through a field ``of``."""
@@ -160,3 +156,35 @@ class Backend(Spec, ABC):
         A wrapper passes its own target down. Trainings inside are kept by the trainer under their name, so
         one QAT under three engines trains once.
         """
+
+
+@dataclass(frozen=True)
+class IntegerBackend(Backend, ABC):
+    """Integers of ``weight_bits`` and ``activation_bits`` in every stage and every head.
+
+    Weights per output channel and symmetric; activations per tensor, affine unsigned ("u8s8") or symmetric signed
+    ("s8s8"). ``edge_bits``: the first layer and each head's last one. ``add_bits``: tensors that an addition or a pooling
+    reads too (0: as ``activation_bits``). ``keep_float``: layers left out, by path; any other layer that cannot be
+    quantized raises Unsupported.
+    """
+
+    method: ClassVar[str]  # "PTQ", "QAT"
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    observer: Observer = "mse"
+    weight_observer: Observer = "mse"
+    edge_bits: int = 8
+    keep_float: tuple[str, ...] = ()
+    add_bits: int = 0
+
+    @property
+    def column(self) -> str:
+        """ "INT8 PTQ" when weights and activations share a width, else "W4A8 PTQ"."""
+        weight, activation = self.weight_bits, self.activation_bits
+        return f"INT{weight} {self.method}" if weight == activation else f"W{weight}A{activation} {self.method}"
+
+    @property
+    def widths(self) -> Widths:
+        """The bits that it asks for."""
+        return Widths(self.weight_bits, self.activation_bits, self.edge_bits, self.add_bits)

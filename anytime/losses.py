@@ -67,7 +67,7 @@ class Joint(Loss):
             raise UsageError(
                 f"recipe.loss.weights has {len(weights)} numbers for a network of {len(each)} exits: give one per exit, or ()"
             )
-        return each * torch.tensor(weights) if weights else each
+        return each * each.new_tensor(weights) if weights else each
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Rising(Loss):
         each, n = self.each(logits, y), len(logits) - 1
         if n == 0:
             return each
-        top = torch.linspace(self.most / n, self.most, n)
+        top = torch.linspace(self.most / n, self.most, n, device=each.device)
         return torch.cat([torch.minimum(top, 0.01 + done * top) * each[:-1], each[-1:]])
 
 
@@ -141,7 +141,7 @@ class LinearWithLateKL(Loss):
 
     def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
         n = len(logits)
-        terms = self.each(logits, y) * torch.arange(1, n + 1) / (n * (n + 1))
+        terms = self.each(logits, y) * torch.arange(1, n + 1, device=logits.device) / (n * (n + 1))
         if done >= self.late and n > 1:
             t = self.temperature
             teacher = log_softmax(logits[-1].detach() / t, -1)
@@ -174,3 +174,35 @@ class Distilled(Loss):
         if float(teacher.max(-1).values.mean()) > self.sure:
             state["temperature"] = t * self.growth
         return terms * (10 / n)
+
+
+@dataclass(frozen=True)
+class FromTeacher(Loss):
+    """A student's own loss ``of`` and, exit by exit, its distance to a teacher; the logits are the student's, then the teacher's.
+
+    (1 - share) of(z) + share T^2 KL(softmax(t_k / T) || softmax(z_k / T)) for every exit k.
+    Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2; Mishra and Marr, ICLR 2018, arXiv:1711.05852 (a float
+    teacher for a network that is quantized).
+    """
+
+    of: Loss = Joint()
+    share: float = 0.5
+    temperature: float = 4.0
+
+    def begin(self, model: AnytimeModel) -> None:
+        self.of.begin(model)
+
+    def epoch(self, model: AnytimeModel) -> None:
+        self.of.epoch(model)
+
+    def end(self, model: AnytimeModel) -> None:
+        self.of.end(model)
+
+    def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
+        student, teacher = logits.chunk(2)
+        t = self.temperature
+        pulls = [
+            kl_div(log_softmax(z / t, -1), log_softmax(w.detach() / t, -1), reduction="batchmean", log_target=True)
+            for z, w in zip(student, teacher, strict=True)
+        ]
+        return torch.cat([(1 - self.share) * self.of(student, y, done, state), self.share * t**2 * torch.stack(pulls)])

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anytime.dataset import Augment, Part
 from anytime.errors import CorruptFile, Diverged, UsageError, WriteError, near
@@ -44,7 +45,9 @@ class Recipe(Spec):
     ``loss`` is a strategy of losses.py. ``orthogonal`` takes later exits' gradients off the earlier ones' (OSGD), the
     whole parameter vector that both touch or each tensor by itself. ``start`` "static" begins from the weights of the same
     network without its exits, trained by the same recipe, as BranchyNet does.
-    ``precision`` "bf16" is autocast, taken where the device gains from it.
+    ``precision`` "bf16" is autocast, taken where the device gains from it. ``device`` "auto" is CUDA where there is some,
+    else the CPU; "cpu", "cuda" and "cuda:1" are taken at their word. ``compile`` trains through torch.compile: other last
+    digits, and a minute before the first step.
     """
 
     epochs: int = 30
@@ -60,6 +63,8 @@ class Recipe(Spec):
     start: Literal["scratch", "static"] = "scratch"
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
+    device: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch < 1 or not self.lr > 0:
@@ -78,6 +83,7 @@ class Trainer:
     ``folder`` holds checkpoints and finished weights, one subfolder per named training; None keeps nothing.
     ``zoo`` holds finished weights that came with the repository, by the same names.
     ``key`` says whose training this is (data, model, recipe, seeds), so that a name within it is unique.
+    ``tune`` is for choices that are not weights: bits, observers, which of several.
     """
 
     recipe: Recipe
@@ -88,6 +94,7 @@ class Trainer:
     zoo: Path | None = None
     key: str = ""
     progress: Progress = field(default=silent, compare=False)
+    tune: Part | None = None
 
     def fit(
         self,
@@ -98,18 +105,23 @@ class Trainer:
         lr_scale: float = 1.0,
         precision: Literal["fp32", "bf16"] | None = None,
         fresh: int | None = None,
+        loss: Loss | None = None,
+        each_epoch: Callable[[AnytimeModel, float], None] | None = None,
     ) -> AnytimeModel:
-        """Train in place and return the model in eval mode.
+        """Train in place, on the recipe's device, and return the model on the CPU in eval mode.
 
         A training of this ``name`` that is already finished is loaded, an interrupted one goes on; what ends
         is equal to the uninterrupted run's weights bit by bit on the same CPU and thread count.
-        ``fresh=i`` first draws all weights anew (member i of an ensemble). Raises Diverged on a NaN loss.
+        ``fresh=i`` first draws all weights anew (member i of an ensemble). ``each_epoch`` is called in training mode with
+        the share of the epochs that is done. What is given here instead of the recipe's must be named by ``name``.
+        Raises Diverged on a NaN loss.
         """
         recipe = replace(
             self.recipe,
             epochs=self.recipe.epochs if epochs is None else epochs,
             lr=self.recipe.lr * lr_scale,
             precision=precision or self.recipe.precision,
+            loss=loss or self.recipe.loss,
         )
         seed = self.train_seed * 1000 + (fresh or 0)
         if fresh is not None:
@@ -117,12 +129,12 @@ class Trainer:
             for m in model.modules():
                 getattr(m, "reset_parameters", lambda: None)()
         if self.folder is None:
-            _run(model, recipe, self, seed, name, None)
+            _run(model, recipe, self, seed, name, None, each_epoch)
         else:
             place = self.folder / self.place(name)
             with locked(place):
                 if not self._load_finished(model, place):
-                    _run(model, recipe, self, seed, name, place)
+                    _run(model, recipe, self, seed, name, place, each_epoch)
         return model.eval()
 
     def place(self, name: str) -> str:
@@ -140,11 +152,16 @@ class Trainer:
         return False
 
 
-def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name: str, place: Path | None) -> None:
-    x, y = trainer.train.x, trainer.train.y
+def _run(
+    model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name: str, place: Path | None,
+    each_epoch: Callable[[AnytimeModel, float], None] | None,
+) -> None:  # fmt: skip
+    x, y = trainer.train.x, trainer.train.y  # stay on the host, and augmentation does: batches are moved
+    device = _device(recipe.device)
     layout = torch.channels_last if recipe.channels_last and x.ndim == 4 else torch.contiguous_format
-    model.to(memory_format=layout)  # type: ignore[call-overload]
+    model.to(device, memory_format=layout)  # type: ignore[call-overload]
     recipe.loss.begin(model)
+    forward = _compiled(model) if recipe.compile else model
     steps = math.ceil(len(y) / recipe.batch)
     optimizer, schedule = _optimizer(model, recipe, steps)
     started = time.perf_counter()
@@ -159,14 +176,16 @@ def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name:
         draw = torch.Generator().manual_seed(seed * 100_003 + epoch)
         model.train()
         recipe.loss.epoch(model)
+        if each_epoch is not None:
+            each_epoch(model, epoch / recipe.epochs)
         for step, i in enumerate(torch.split(torch.randperm(len(y), generator=draw), recipe.batch)):
             batch = x[i]
             if trainer.augment is not None:
                 batch = trainer.augment(batch, draw)
-            batch = batch.contiguous(memory_format=layout)
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-                logits = model(batch)
-            terms = recipe.loss(logits.float(), y[i], epoch / recipe.epochs, carried)
+            batch = batch.contiguous(memory_format=layout).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                logits = forward(batch)
+            terms = recipe.loss(logits.float(), y[i].to(device), epoch / recipe.epochs, carried)
             loss = terms.sum()
             value = loss.item()
             if not math.isfinite(value):
@@ -197,11 +216,31 @@ def _run(model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name:
             torch.save(state, body)
             write_atomically(place / "checkpoint.pt", body.getvalue())
     recipe.loss.end(model)
-    model.eval()
+    model.cpu().eval()
     model.trained_on = model.trained_on | {trainer.train.digest}
     if place is not None:
-        save_weights(model, place / "weights.safetensors", {"wall_s": f"{spent + time.perf_counter() - started:.1f}"})
+        wall_s = f"{spent + time.perf_counter() - started:.1f}"
+        save_weights(model, place / "weights.safetensors", {"wall_s": wall_s, "device": _device_name(device)})
         (place / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _device(name: str) -> torch.device:
+    """UsageError for one that this machine has not."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    here = ["auto", "cpu", *(["cuda"] if gpus else []), *gpus]
+    if name not in here:
+        raise UsageError(f"recipe.device={name!r} is not on this machine: use one of {', '.join(here)}")
+    return torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _compiled(model: AnytimeModel) -> Callable[[Tensor], Tensor]:
+    # torch gives up after 8 networks of one class and goes on uncompiled; earlier ones are done here and count no more.
+    torch.compiler.reset()
+    return torch.compile(model)
 
 
 def _torch_name(module: Any, name: str, base: type, what: str) -> Any:
@@ -232,7 +271,7 @@ def _resume(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, carried: dict[str, float]
 ) -> tuple[int, float]:
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if schedule is not None:
@@ -244,8 +283,12 @@ def _resume(
 
 
 def save_weights(model: AnytimeModel, path: Path, facts: dict[str, str] | None = None) -> None:
-    """Write weights, buffers, ``trained_on`` and ``facts`` to ``path``, with their sha256 beside it, atomically."""
-    tensors = {n: t.detach().contiguous().clone() for n, t in model.state_dict().items()}
+    """Write weights, buffers, ``trained_on`` and ``facts`` to ``path``, with their sha256 beside it, atomically.
+
+    A tensor that has several names in the network is written once, under the first.
+    """
+    first = _first_names(model)
+    tensors = {n: t.detach().contiguous().clone() for n, t in model.state_dict().items() if first[n] == n}
     meta = {"trained_on": json.dumps(sorted(model.trained_on)), **(facts or {})}
     body = safetensors.torch.save(tensors, meta)
     digest = sha256(body).hexdigest()
@@ -264,12 +307,21 @@ def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
         raise CorruptFile(f"the weights {path} are not as they were written (sha256 differs): {fix}")
     size = int.from_bytes(body[:8], "little")
     meta: dict[str, str] = json.loads(body[8 : 8 + size]).get("__metadata__", {})
+    given = safetensors.torch.load(body)
+    shared = {n: given[first] for n, first in _first_names(model).items() if first in given}
     try:
-        model.load_state_dict(safetensors.torch.load(body))
+        model.load_state_dict(shared | given)
     except RuntimeError as error:
-        raise CorruptFile(f"the weights {path} do not fit the network ({_first_line(error)}): {fix}") from error
+        which = textwrap.shorten(str(error).partition("\n")[2], 200, placeholder=" ...")  # torch's first line names no key
+        raise CorruptFile(f"the weights {path} do not fit the network ({which}): {fix}") from error
     model.trained_on = frozenset(json.loads(meta.pop("trained_on", "[]")))
     return meta
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Name of every tensor of the state -> the first of the names that this very tensor has (IResNeXt's slices have several)."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def write_atomically(path: Path, body: bytes) -> None:

@@ -73,7 +73,7 @@ class Workshop:
         def say(what: str, done: int, total: int) -> None:
             self.progress(f"train {model.label} on {data.label}" + ("" if what == "base" else " again"), done, total)
 
-        return Trainer(recipe, parts.train, train_seed, parts.augment, self.cache / "trained", self.zoo, name, say)
+        return Trainer(recipe, parts.train, train_seed, parts.augment, self.cache / "trained", self.zoo, name, say, parts.tune)
 
     def net(self, cell: Cell) -> Deployable:
         """The compressed network of a cell; kept while the workshop lives."""

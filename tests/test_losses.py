@@ -139,3 +139,15 @@ def test_nothing_to_train_is_said():
 
     with pytest.raises(UsageError, match="nothing to train"):
         trainer(loss=FrozenTrunk()).fit(Static(Tiny()).build((3, 16, 16), 4))
+
+
+@pytest.mark.parametrize(
+    "loss", [Joint((1.0, 0.5, 0.3)), FrozenTrunk(), TrunkThenJoint(), Rising(), LinearWithLateKL()], ids=lambda v: v.label
+)
+@pytest.mark.parametrize("done", [0.0, 0.9])
+def test_a_loss_stays_on_the_device_of_its_logits(loss, done):
+    """On "meta" torch refuses to mix devices as it does on CUDA; a distillation's temperature is a number of the host's."""
+    logits, y = torch.zeros(3, 2, 4, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError):
+        _ = logits.sum((1, 2)) * torch.ones(3)
+    assert loss(logits, y, done, {}).device.type == "meta"

@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from anytime.errors import CorruptFile, Diverged, UsageError, WriteError
 from anytime.losses import Joint
-from anytime.train import Recipe, load_weights, save_weights, write_atomically
-from tests.worlds import Tiny, data, trainer
+from anytime.model import AnytimeModel
+from anytime.train import Recipe, _compiled, _device, load_weights, save_weights, write_atomically
+from tests.worlds import Restarting, Tiny, data, trainer
 
 
 def fresh():
@@ -190,6 +192,15 @@ def test_hurt_weights_are_refused(tmp_path, hurt):
         load_weights(model, path)
 
 
+def test_weights_of_another_network_say_which_keys(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(fresh(), path)
+    with pytest.raises(CorruptFile, match=r"do not fit the network \(size mismatch for stages.0.0.weight: .* \.\.\.\): delete"):
+        load_weights(Tiny(width=4).build((3, 16, 16), 4), path)
+    with pytest.raises(CorruptFile, match=r'Missing key\(s\) in state_dict: "stages.0.0.bias"'):
+        load_weights(Restarting().build((3, 16, 16), 4), path)
+
+
 def test_a_hurt_checkpoint_is_refused(tmp_path):
     place = tmp_path / "k-base"
     place.mkdir()
@@ -218,3 +229,70 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(tmp_path, monkeypatch):
     with pytest.raises(WriteError, match="No space left on device; free space"):
         write_atomically(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+# Devices --------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_cuda_where_there_is_some(monkeypatch):
+    for n in (0, 2):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda n=n: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=n: n)
+        assert _device("auto").type == ("cuda" if n else "cpu") and _device("cpu").type == "cpu"
+    assert str(_device("cuda:1")) == "cuda:1" and str(_device("cuda")) == "cuda"
+    with pytest.raises(UsageError, match="'cuda:2' is not on this machine: use one of auto, cpu, cuda, cuda:0, cuda:1"):
+        _device("cuda:2")
+
+
+def test_a_device_that_is_not_here_is_said_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="recipe.device='cuda' is not on this machine: use one of auto, cpu"):
+        trainer(device="cuda").fit(fresh())
+
+
+def test_weights_say_the_device_of_their_training(tmp_path):
+    kept(tmp_path, device="cpu").fit(fresh())
+    facts = load_weights(fresh(), tmp_path / "k-base" / "weights.safetensors")
+    assert facts["device"] == "cpu" and float(facts["wall_s"]) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("orthogonal", ["no", "vector"])
+def test_a_training_on_cuda_comes_back_to_the_cpu_and_has_learned(tmp_path, orthogonal):
+    model = kept(tmp_path, epochs=6, device="cuda", precision="bf16", orthogonal=orthogonal).fit(fresh())
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    with torch.inference_mode():
+        assert (model(data().test.x).argmax(-1) == data().test.y).float().mean(1).max() > 0.5  # chance is 0.25
+
+
+def test_compiled_it_learns_the_same():
+    part = data().train
+    short = replace(part, x=part.x[:128], y=part.y[:128])  # whole batches: compiled once
+
+    def fit(compile):
+        torch.manual_seed(0)
+        stage = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten())
+        model = AnytimeModel([stage], [torch.nn.Linear(4 * 7 * 7, 4)])
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        recipe = {"epochs": 1, "optimizer": "SGD", "schedule": "constant", "lr": 0.1, "compile": compile, "device": "cpu"}
+        return before, replace(trainer(**recipe), train=short).fit(model)
+
+    (start, plain), (_, compiled) = fit(False), fit(True)
+    assert type(compiled) is AnytimeModel and list(start) == list(compiled.state_dict())  # itself, not what wraps it
+    for name, a in plain.state_dict().items():
+        assert torch.allclose(a, compiled.state_dict()[name], atol=1e-5), name
+    assert (start["stages.0.0.weight"] - compiled.stages[0][0].weight).abs().max() > 1e-3
+
+
+def test_more_networks_than_torch_would_compile(monkeypatch):
+    """It stops at 8 of one class, and the rest would run as if nobody had asked."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    for c in range(10):
+        _compiled(AnytimeModel([torch.nn.Flatten()], [torch.nn.Linear(3, c + 1)]))(torch.zeros(2, 3))
+    assert len(graphs) == 10

@@ -69,7 +69,7 @@ def data() -> Data:
 
 def trainer(**recipe) -> Trainer:
     """Two epochs unless said otherwise."""
-    return Trainer(Recipe(**{"epochs": 2, "batch": 64, "lr": 1e-2, **recipe}), data().train, 0)
+    return Trainer(Recipe(**{"epochs": 2, "batch": 64, "lr": 1e-2, **recipe}), data().train, 0, tune=data().tune)
 
 
 @lru_cache

@@ -1,43 +1,90 @@
-"""Quantization-aware training with fake quantizers and the straight-through estimator."""
+"""Quantization-aware training: fake quantizers whose gradient goes straight through, or that learn themselves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from anytime.backend import Backend, Bits, Deployable, Target, fake_quant_net, integer_column
+import torch
+from torch import Tensor, nn
+
+from anytime.backend import Deployable, IntegerBackend, Target, fake_quant_net
 from anytime.dataset import Part
+from anytime.errors import UsageError
+from anytime.losses import FromTeacher
 from anytime.model import AnytimeModel
-from anytime.quant.graph import Widths, prepared
-from anytime.quant.ranges import Observer
+from anytime.quant.graph import prepared
+from anytime.quant.learned import Method, learn
 from anytime.spec import key
 from anytime.train import TUNE_LR_SCALE, Trainer
 
 
 @dataclass(frozen=True)
-class QAT(Backend):
+class QAT(IntegerBackend):
     """Calibrated as PTQ is, then trained for ``epochs`` with every rounding in the forward pass.
 
-    BatchNorm is folded before; the grids stay as they were calibrated, the weights move on them. What is
-    trained is what is exported, for its target. Learns at ``lr_scale`` times the recipe's rate, in FP32.
-    Source: Jacob et al., CVPR 2018, arXiv:1712.05877, section 3; STE: Bengio et al. 2013, arXiv:1308.3432. Deviation:
-    ranges are frozen from the start, where Jacob et al. keep a moving average.
+    What is trained is what is exported, for its target. Learns at ``lr_scale`` times the recipe's rate. ``learns``: "ste" keeps
+    the calibrated grids, "lsq", "pact" and "dorefa" learn theirs (quant/learned.py). ``fold_bn`` folds BatchNorm before;
+    else it stays behind its rounded convolution, its statistics move for the first ``freeze_bn`` of the epochs, and it
+    is folded exactly afterwards. ``teach``: share of the loss that is the distance to the float network's answers.
+    Source: Jacob et al., CVPR 2018, arXiv:1712.05877, section 3; STE: Bengio et al. 2013, arXiv:1308.3432. Deviation: with
+    "ste" ranges are frozen from the start, where Jacob et al. keep a moving average.
     """
 
-    weight_bits: int = 8
-    activation_bits: int = 8
+    method: ClassVar[str] = "QAT"
+
     epochs: int = 3
     lr_scale: float = TUNE_LR_SCALE
-    observer: Observer = "mse"
-    weight_observer: Observer = "mse"
-    edge_bits: int = 8
-    keep_float: tuple[str, ...] = ()
+    learns: Method = "ste"
+    fold_bn: bool = True
+    freeze_bn: float = 0.5
+    teach: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("freeze_bn", "teach"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"QAT: {name}={getattr(self, name)} is a share: give 0 to 1")
 
     @property
     def column(self) -> str:
-        return integer_column(Bits(self.weight_bits, self.activation_bits), "QAT")
+        return super().column if self.learns == "ste" else f"{super().column} ({_NAMES[self.learns]})"
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
-        widths = Widths(self.weight_bits, self.activation_bits, self.edge_bits)
-        net = prepared(model, calib.x, widths, target, self.observer, self.weight_observer, self.keep_float)
-        trainer.fit(net.model, name=f"{key(self)}-{target}", epochs=self.epochs, lr_scale=self.lr_scale, precision="fp32")
+        net = prepared(
+            model, calib.x, self.widths, target, self.observer, self.weight_observer, self.keep_float, fold_bn=self.fold_bn
+        )
+        learn(net, self.learns)
+        student = _Taught(net.model, model) if self.teach else net.model
+        trainer.fit(
+            student, name=f"{key(self)}-{target}", epochs=self.epochs, lr_scale=self.lr_scale, precision=self.precision,
+            loss=FromTeacher(of=trainer.recipe.loss, share=self.teach) if self.teach else None, each_epoch=self._freeze,
+        )  # fmt: skip
+        net.model.trained_on = student.trained_on
         return fake_quant_net(net, target)
+
+    def _freeze(self, model: AnytimeModel, done: float) -> None:
+        if done >= self.freeze_bn:
+            for m in model.modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.eval()
+
+
+_NAMES = {"lsq": "LSQ", "pact": "PACT", "dorefa": "DoReFa"}
+
+
+class _Taught(AnytimeModel):
+    """A student that in training gives its own logits, then its teacher's; the teacher is no part of its weights."""
+
+    def __init__(self, student: AnytimeModel, teacher: AnytimeModel) -> None:
+        super().__init__(student.stages, student.heads, student.restarts)
+        self.trained_on = student.trained_on
+        self._teacher = (teacher.eval(),)  # a tuple hides it from state_dict and from the optimizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        if not self.training:
+            return logits
+        with torch.no_grad():
+            taught = self._teacher[0].to(x.device)(x)
+        return torch.cat([logits, taught])

@@ -3,13 +3,53 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from anytime.quant.ranges import Grid, Histogram
+
+_BIG = 1.5 * 2**23  # a float32 of this size has no room for a fraction: adding it rounds to an integer, half to even
+
+
+def on_grid(x: Tensor, grid: Grid) -> Tensor:
+    """float32 x, rounded: clamp(round(x / scale) + zero_point, qmin, qmax), back in real numbers; no gradient.
+
+    Equal to torch.fake_quantize_per_tensor_affine, whose CPU kernel takes twelve times as long; grids to 16 bits.
+    """
+    y = torch.add(x.new_tensor(_BIG), x, alpha=1 / grid.scale)
+    low, high = _BIG + grid.qmin - grid.zero_point, _BIG + grid.qmax - grid.zero_point
+    return y.clamp_(low, high).sub_(_BIG).mul_(grid.scale)
+
+
+class Straight(torch.autograd.Function):
+    """``on_grid`` with a gradient of 1 where a value rounds to an integer of the grid (above 0 where the grid begins at 0), else 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.low = 0.0 if grid.zero_point == grid.qmin else (grid.qmin - grid.zero_point - 0.5) * grid.scale
+        ctx.high = (grid.qmax - grid.zero_point + 0.5) * grid.scale
+        return on_grid(x, grid)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(dy, x, ctx.low, ctx.high), None
+
+
+class _StraightPerChannel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+        v = w / scale
+        ctx.save_for_backward((v >= qmin - 0.5) & (v <= qmax + 0.5))
+        return v.round_().clamp_(qmin, qmax).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy * ctx.saved_tensors[0], None, None, None
 
 
 class ActivationLearner(nn.Module, ABC):
@@ -100,7 +140,7 @@ class FakeQuant(nn.Module):
         if self.mode == "on":
             if self.learner is not None:
                 return self.learner(x)  # type: ignore[no-any-return]
-            return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, self.qmin, self.qmax)
+            return Straight.apply(x.float(), self.grid)  # type: ignore[no-any-return, no-untyped-call]
         if self.mode != "off":
             assert self.seen is not None
             (self.seen.see_extremes if self.mode == "extremes" else self.seen.see_values)(x)
@@ -127,7 +167,6 @@ class QuantizedLayer(nn.Module):
         self.weight_qmin = -self.weight_qmax
         self.learner: WeightLearner | None = None
         self.register_buffer("weight_scale", torch.full((self.weight.shape[0],), float("nan")))
-        self.register_buffer("_zeros", torch.zeros(self.weight.shape[0], dtype=torch.int32), persistent=False)
 
     def rounded(self) -> Tensor:
         """The weight on its grid; the weight as it is until it is calibrated."""
@@ -135,9 +174,8 @@ class QuantizedLayer(nn.Module):
             return self.weight
         if self.learner is not None:
             return self.learner(self.weight)  # type: ignore[no-any-return]
-        return torch.fake_quantize_per_channel_affine(
-            self.weight.float(), self.weight_scale, self.get_buffer("_zeros"), 0, self.weight_qmin, self.weight_qmax
-        )
+        scale = per_channel(self.weight_scale, self.weight)
+        return _StraightPerChannel.apply(self.weight.float(), scale, self.weight_qmin, self.weight_qmax)  # type: ignore[no-any-return, no-untyped-call]
 
     def settle(self) -> None:
         """Take over what the learner has learned, and let go of it."""
