@@ -57,7 +57,9 @@ class Histogram:
         x = x.detach().float().flatten()
         if self.high > self.low:
             self.counts += torch.histc(x, BINS, self.low, self.high).numpy()
-        if self.amax > 0:
+        if self.low == 0:
+            self.abs_counts = self.counts  # the same bins
+        elif self.amax > 0:
             self.abs_counts += torch.histc(x.abs(), BINS, 0.0, self.amax).numpy()
 
     @property
