@@ -31,10 +31,14 @@ class Cell(Spec):
 
 @dataclass(frozen=True)
 class Suite(Spec):
-    """One data set and the networks compared on it; the first network is the suite's reference."""
+    """One data set and the networks compared on it; the first network is the suite's reference.
+
+    ``models`` are trained by the experiment's recipe, ``others`` each by the one that stands beside it.
+    """
 
     data: DatasetSpec
     models: tuple[ModelSpec, ...]
+    others: tuple[tuple[ModelSpec, Recipe], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,12 @@ class Experiment(Spec):
         for field in ("suites", "backends", "train_seeds", "seeds"):
             if not getattr(self, field):
                 raise UsageError(f"experiment {self.name!r}: {field} is empty; name at least one")
+        if any(not suite.models for suite in self.suites):
+            raise UsageError(f"experiment {self.name!r}: a suite has no models; name at least its reference")
+        if len({suite.data for suite in self.suites}) < len(self.suites):
+            raise UsageError(
+                f"experiment {self.name!r}: two suites have the same data; name its networks in one, to compare them"
+            )
         if any(not b > 0 for b in self.budgets):
             raise UsageError(f"experiment {self.name!r}: budgets={self.budgets} must all be above 0")
         if self.currency == "ms" and not self.boards:
@@ -73,8 +83,9 @@ class Experiment(Spec):
     def cells(self) -> Iterator[Cell]:
         """Every cell, those that share a training next to each other."""
         for suite in self.suites:
-            for train_seed, seed, model, backend in product(self.train_seeds, self.seeds, suite.models, self.backends):
-                yield Cell(suite.data, model, self.recipe, backend, train_seed, seed)
+            networks = [*((model, self.recipe) for model in suite.models), *suite.others]
+            for train_seed, seed, (model, recipe), backend in product(self.train_seeds, self.seeds, networks, self.backends):
+                yield Cell(suite.data, model, recipe, backend, train_seed, seed)
 
     @property
     def reference_backend(self) -> Backend:

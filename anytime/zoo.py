@@ -23,8 +23,9 @@ LARGEST = 4_000_000  # bytes of one file: what lies here is cloned by everybody
 def add(exp: Experiment, results: Path) -> list[Path]:
     """Copy the float networks that an experiment has trained from its cache to ``results/zoo``; answer their files.
 
-    ``manifest.json`` holds for each its spec, key, ``trained_on``, sha256, test accuracy per exit, command, wall time
-    and device. What is not trained and evaluated yet is left out, UsageError when that is all; files over 4 MB are refused.
+    ``manifest.json`` holds for each its spec, key, ``trained_on``, sha256, test accuracy per exit, command, wall time,
+    ``training_device`` and the host that evaluated it. What is not trained and evaluated yet is left out, UsageError when
+    that is all; files over 4 MB are refused.
     """
     zoo, shop = results / "zoo", Workshop(results)
     known = {r.fact: r for r, _ in load(results / "records", exp.name).records if r.kind == "eval"}
@@ -47,10 +48,11 @@ def add(exp: Experiment, results: Path) -> list[Path]:
         write_atomically(path.with_suffix(".sha256"), digest.encode())
         write_atomically(path, body)
         size = int.from_bytes(body[:8], "little")
+        meta = json.loads(body[8 : 8 + size])["__metadata__"]
         manifest[name] = {
             "model": cell.model.label, "data": cell.data.label, "sha256": digest.strip(), "bytes": len(body),
             "accuracy": [e["accuracy"] for e in record.exits], "trained_on": record.facts["trained_on"],
-            "wall_s": float(json.loads(body[8 : 8 + size])["__metadata__"]["wall_s"]), "device": record.facts["device"],
+            "wall_s": float(meta["wall_s"]), "training_device": meta.get("device", "cpu"), "device": record.facts["device"],
             "versions": record.facts["versions"], "git": record.facts["git"], "experiment": exp.name,
             "command": shlex.join(["python", "-m", "anytime", *sys.argv[1:]]), "added_by": machine.commit(),
             "spec": plain(("training", cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed)),

@@ -68,7 +68,7 @@ def main() -> None:
     data = CIFAR10().load(0)
     recipe = Recipe(
         epochs=30, lr=0.1, weight_decay=5e-4, optimizer="SGD", optimizer_args=(("momentum", 0.9), ("nesterov", True)),
-        schedule="OneCycleLR", precision="bf16",
+        schedule="OneCycleLR", precision="bf16", device="cpu",
     )  # fmt: skip
     loops = {"bare": bare(data, recipe), "harness": harness(data, recipe)}
     times: dict[str, list[float]] = {name: [] for name in loops}

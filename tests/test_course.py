@@ -38,6 +38,14 @@ def test_resnet18_costs_what_is_published():
     assert cost.head.macs.tolist() == [64e3, 128e3, 256e3, 512e3]
 
 
+@pytest.mark.parametrize(
+    "shape, macs", [((1, 28, 28), "7.84 16.23 24.62 33.02"), ((3, 32, 32), "11.85 20.24 28.63 37.02")], ids=["grey", "colour"]
+)
+def test_resnet18_costs_what_its_docstring_says(shape, macs):
+    cost = cost_of(EarlyExitResNet18(), shape, 10)
+    assert " ".join(f"{m / 1e6:.2f}" for m in cost.macs) == macs and f"{cost.every('params')[-1] / 1e6:.1f}" == "11.2"
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 96, 64)])
 def test_resnet18_takes_grey_and_colour_images(shape):
     assert EarlyExitResNet18().build(shape, 7).eval()(torch.zeros(2, *shape)).shape == (4, 2, 7)
@@ -54,6 +62,14 @@ def test_the_mlp_by_hand():
     assert cost.stage.macs.tolist() == [784 * 1024, 1024**2, 1024**2]
     assert cost.head.macs.tolist() == [1024 * 47] * 3
     assert cost.every("params")[-1] == 785 * 1024 + 2 * 1025 * 1024 + 3 * 1025 * 47
+
+
+def test_a_narrower_mlp_by_hand():
+    cost = cost_of(ThreeExitMLP(512), (1, 28, 28), 10)
+    assert cost.stage.macs.tolist() == [784 * 512, 512**2, 512**2] and cost.head.macs.tolist() == [5120] * 3
+    assert cost.every("params")[-1] == 942_622
+    with pytest.raises(UsageError, match="width=0 is no number of neurons"):
+        ThreeExitMLP(0)
 
 
 @pytest.mark.parametrize("leave, taught", [(0, []), (1, []), (2, [0, 1, 2])])

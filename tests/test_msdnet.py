@@ -80,6 +80,8 @@ def test_link_by_link_its_graphs_say_what_the_chain_says(bits):
         ({"blocks": 1}, "at least 2 blocks"),
         ({"step": 0}, "1 or more"),
         ({"narrow": (1, 2)}, "one number of 1 or more per scale"),
+        ({"factors": (1, 2), "narrow": (1, 2)}, "of 3 scales"),
+        ({"reduction": 0.01}, "reduction=0.01 leaves none of 70 maps"),
         ({"growth": 5}, "growth must be even"),
         ({"reduction": 0.0}, "reduction over 0"),
     ],

@@ -15,8 +15,10 @@ from anytime.models.static import Static
 from anytime.quant.graph import traced
 from tests.test_resnet import SHAPE, cost_of, eight_bits, settled
 
-FIGURES = [  # reference/anytime.md b.5; ResNet-20 counted here, as the authors have none
+FIGURES = [  # reference/anytime.md b.5; ResNet-20, 32 and 44 counted here, as the authors have none
     ("resnet20", "40.81", "0.308", "12.6 35.8 44.8 56.3 76.9 88.4"),
+    ("resnet32", "69.12", "0.503", "14.3 27.9 46.9 60.6 72.7 93.2"),
+    ("resnet44", "97.44", "0.697", "15.0 29.5 43.0 62.3 75.8 90.3"),
     ("resnet56", "125.75", "0.892", "15.4 30.4 44.5 59.6 73.7 88.7"),
     ("vgg16_bn", "313.7", "15.5", "12.6 30.6 48.7 60.7 78.8 90.8"),
     ("mobilenet", "46.35", "3.48", "21.6 35.6 49.5 67.9 90.9"),
@@ -47,8 +49,9 @@ def test_parameters_of_resnet56_by_hand():
     assert said(sum(p.numel() for p in trunk.parameters()) / 1e6, "0.856") == "0.856"
 
 
-def test_on_resnet20_the_classifiers_sit_at_the_nearest_blocks():
-    model = SDN("resnet20").build(SHAPE, 10)
+@pytest.mark.parametrize("trunk, n", [("resnet20", 3), ("resnet32", 5), ("resnet44", 7), ("resnet56", 9)])
+def test_on_resnets_the_classifiers_sit_at_the_nearest_blocks(trunk, n):
+    model = SDN(trunk).build(SHAPE, 10)
     macs: Counter[str] = Counter()
     for layer in cost_of(model).layers:
         if not layer.head:
@@ -56,7 +59,10 @@ def test_on_resnet20_the_classifiers_sit_at_the_nearest_blocks():
     shares = np.cumsum(list(macs.values())) / (macs.total() + 640)
     nearest = [int(np.abs(shares - target).argmin()) for target in (0.15, 0.30, 0.45, 0.60, 0.75, 0.90)]
     ends = np.cumsum([len(stage) for stage in model.stages])[:-1] - 1
-    assert nearest == ends.tolist()
+    assert nearest == ends.tolist() and len(shares) == 3 * n
+    group = 9 * 16 * 16 * 32 * 32  # a 3x3 convolution of any group; the first of the last two reads half the channels
+    projections = 16 * 32 * 16**2 + 32 * 64 * 8**2
+    assert macs.total() == 27 * 16 * 32 * 32 + 6 * n * group - group + projections
 
 
 def test_mixed_pooling_is_its_formula():

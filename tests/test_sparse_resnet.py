@@ -1,5 +1,6 @@
 """The depth-nested sparse ResNet against a plain network of each depth that shares only its weights."""
 
+import pickle
 from functools import cache
 
 import numpy as np
@@ -82,6 +83,7 @@ def test_the_default_lies_within_its_budget():
     cost = account(TorchNet(model, {}, simulated=False), (3, 32, 32))
     assert cost.macs[-1] <= 60e6
     assert [f"{m / 1e6:.2f}" for m in cost.macs] == ["7.78", "15.12", "29.54", "58.12"]
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == "0.403"
     convs = 9 * 16 * 16 * 1024  # as many in every resolution
     transitions = 16 * 32 * 256 + 32 * 64 * 64
     assert cost.stage.macs.tolist() == [
@@ -123,6 +125,8 @@ def test_integers_say_what_the_twin_says():
     assert (ours.argmax(-1) == twin.argmax(-1)).mean() >= 0.98
     assert np.abs(ours - twin).max() <= 0.1 * np.abs(twin).max()
     assert set(net.executed(x.test.x[:2].numpy()).values()) == {"int8"}
+    away = pickle.loads(pickle.dumps(net))  # a board times it in a process of its own
+    assert np.array_equal(away.predict(x.test.x[:8].numpy()), ours[:, :8])
 
 
 @pytest.mark.parametrize(
@@ -130,6 +134,8 @@ def test_integers_say_what_the_twin_says():
     [
         (lambda: SparseResNet(depth=6), "multiple of 2\\^\\(exits-1\\).*depth=8"),
         (lambda: SparseResNet(widths=()), "widths positive"),
+        (lambda: SparseResNet(exits=0), "widths positive.*depth=1"),
+        (lambda: SparseResNet().build((784,), 10), "the data set gives 784: choose"),
         (lambda: SparseResNet().build((3, 30, 32), 10), "multiples of 4, the data set gives 3x30x32"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from anytime.errors import UsageError, near
+from anytime.errors import AnytimeError, UsageError, near
 from anytime.model import AnytimeModel, ModelSpec
 
 
@@ -141,7 +141,9 @@ class Attached(ModelSpec):
         try:
             state = torch.load(Path(self.weights).expanduser(), map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise UsageError(f"weights={self.weights!r}: there is no such file") from error
+            raise AnytimeError(
+                f"there is no file {self.weights}: give the path of a torch state dict as weights, or none"
+            ) from error
         except Exception as error:  # torch.load raises anything on a file that is no checkpoint
             raise UsageError(
                 f"weights={self.weights!r} is no state dict that loads with weights_only=True ({_say(error)})"

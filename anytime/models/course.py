@@ -35,6 +35,8 @@ class _Block(nn.Module):
 class EarlyExitResNet18(ModelSpec):
     """ResNet-18 as torchvision has it, with an exit after each of its four groups; grey or colour, sides of 28 or more.
 
+    Every head run: 7.84, 16.23, 24.62 and 33.02 M MACs at 1x28x28, 11.85, 20.24, 28.63 and 37.02 M at 3x32x32, 11.2 M
+    parameters (counted here); its trunk and last exit alone 1.81 G at 3x224x224, as torchvision's.
     Every exit is pooling and one linear layer, as the last one is (inferred: only the groups are published).
     Convolutions begin as torchvision's do (He, fan-out).
     Source: a course notebook on early exits over He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition",
@@ -71,24 +73,33 @@ class _Detach(nn.Module):
 
 @dataclass(frozen=True)
 class ThreeExitMLP(ModelSpec):
-    """784-1024-1024-1024 with an exit after each hidden layer, for 1x28x28.
+    """784-1024-1024-1024 with an exit after each hidden layer, for 1x28x28; ``width`` is the 1024.
 
+    0.85, 1.95 and 3.04 M MACs with every head run and 3.05 M parameters for 47 classes; at ``width`` 512 and 10 classes
+    0.41, 0.67 and 0.94 M, and 0.943 M parameters (counted here).
     The first two exits read their layer through a detach: only the last one teaches the trunk, so its answers are
     those of the plain network. The last exit is not detached (inferred: else nothing would).
     Source: a course notebook on early exits (EMNIST balanced, 47 classes).
     """
 
+    width: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise UsageError(f"ThreeExitMLP: width={self.width} is no number of neurons; use 1 or more")
+
     def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:
         need_shape(self, input_shape, (1, 28, 28))
+        w = self.width
         return AnytimeModel(
             stages=[
-                nn.Sequential(nn.Flatten(), nn.Linear(784, 1024), nn.ReLU()),
-                nn.Sequential(nn.Linear(1024, 1024), nn.ReLU()),
-                nn.Sequential(nn.Linear(1024, 1024), nn.ReLU()),
+                nn.Sequential(nn.Flatten(), nn.Linear(784, w), nn.ReLU()),
+                nn.Sequential(nn.Linear(w, w), nn.ReLU()),
+                nn.Sequential(nn.Linear(w, w), nn.ReLU()),
             ],
             heads=[
-                nn.Sequential(_Detach(), nn.Linear(1024, n_classes)),
-                nn.Sequential(_Detach(), nn.Linear(1024, n_classes)),
-                nn.Sequential(nn.Linear(1024, n_classes)),
+                nn.Sequential(_Detach(), nn.Linear(w, n_classes)),
+                nn.Sequential(_Detach(), nn.Linear(w, n_classes)),
+                nn.Sequential(nn.Linear(w, n_classes)),
             ],
         )

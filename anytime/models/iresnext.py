@@ -17,7 +17,12 @@ STAGES = 3
 class IResNeXt(ModelSpec):
     """Anytime ResNeXt of ``subnets`` sub-networks, each with the first groups of all inner channels; 3x32x32 in the paper.
 
-    ``blocks`` per resolution: 3 is L9, 7 is L21. Inner width of sub-network k at resolution i of width ``width`` << i:
+    | ``blocks`` per resolution | M MACs, jumped to | M parameters |
+    |---|---|---|
+    | 3 (L9) | 7.82 13.86 19.91 25.95 32.00 38.05 44.09 50.14 | 0.391 |
+    | 7 (L21) | 15.88 29.99 44.09 58.20 72.31 86.41 100.52 114.63 | 0.876 |
+
+    Inner width of sub-network k at resolution i of width ``width`` << i:
     (``bottleneck`` << i) x ``cardinality`` x (k+1) / ``subnets`` channels, in groups of ``bottleneck`` << i. Convolution
     weights are shared and sliced; BatchNorm and head belong to each sub-network. The residual stream has full width in
     all of them, so nothing but the weights is shared and every exit restarts from x: jumped to it costs its own MACs,
@@ -25,7 +30,7 @@ class IResNeXt(ModelSpec):
     the last convolution (54.41 M MACs for the first of L21 instead of 15.88 M); the outputs are the same.
     Source: hankook/IResNeXt, models/anytime_resnext.py (as read in reference/anytime.md, c.1). Between resolutions
     AvgPool 2x2, then zero channels behind; the head pools whatever is left (8x8 of 32x32). Inferred: weights are drawn
-    as torch draws the whole convolution's.
+    as torch draws the whole convolution's; L9's figures between the first and the last are counted here.
     """
 
     blocks: int = 3
@@ -35,10 +40,11 @@ class IResNeXt(ModelSpec):
     subnets: int = 8
 
     def __post_init__(self) -> None:
-        if min(self.blocks, self.width, self.bottleneck, self.subnets) < 1 or self.cardinality % self.subnets:
+        sizes = (self.blocks, self.width, self.bottleneck, self.cardinality, self.subnets)
+        if min(sizes) < 1 or self.cardinality % self.subnets:
             raise UsageError(
                 f"{self.label}: use positive numbers and a cardinality that is a multiple of subnets, "
-                f"for example cardinality={8 * self.subnets}"
+                f"for example cardinality={8 * max(1, self.subnets)}"
             )
 
     def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:

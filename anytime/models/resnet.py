@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from anytime.errors import UsageError
+from anytime.errors import AnytimeError, UsageError
 from anytime.layers import BasicBlock, ZeroPadShortcut
 from anytime.model import AnytimeModel, ModelSpec, need_shape
 
@@ -90,7 +90,7 @@ def _import(model: AnytimeModel, path: str, label: str) -> None:
 def _read(path: str) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UsageError(f"there is no file {path}: give the path of a torch state dict as weights, or none")
+        raise AnytimeError(f"there is no file {path}: give the path of a torch state dict as weights, or none")
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own

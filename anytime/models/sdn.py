@@ -14,18 +14,21 @@ from anytime.errors import UsageError, near
 from anytime.layers import BasicBlock, MixedPool2d, he_normal
 from anytime.model import AnytimeModel, ModelSpec, need_shape
 
-Trunk = Literal["resnet20", "resnet56", "vgg16_bn", "mobilenet", "wrn32_4"]
+Trunk = Literal["resnet20", "resnet32", "resnet44", "resnet56", "vgg16_bn", "mobilenet", "wrn32_4"]
 
 # After which blocks an internal classifier sits, counted from 0: those nearest to 15, 30, 45, 60, 75 and 90 % of the MACs.
 _TAPS: dict[str, tuple[int, ...]] = {
     "resnet20": (0, 2, 3, 4, 6, 7),
+    "resnet32": (1, 3, 6, 8, 10, 13),
+    "resnet44": (2, 5, 8, 12, 15, 18),
     "resnet56": (3, 7, 11, 15, 19, 23),
     "vgg16_bn": (1, 3, 5, 6, 8, 9),
     "mobilenet": (2, 4, 6, 8, 11),
     "wrn32_4": (2, 4, 6, 8, 10, 12),
 }
 _LABELS = {
-    "resnet20": "ResNet-20", "resnet56": "ResNet-56", "vgg16_bn": "VGG-16-BN", "mobilenet": "MobileNet", "wrn32_4": "WRN-32-4",
+    "resnet20": "ResNet-20", "resnet32": "ResNet-32", "resnet44": "ResNet-44", "resnet56": "ResNet-56",
+    "vgg16_bn": "VGG-16-BN", "mobilenet": "MobileNet", "wrn32_4": "WRN-32-4",
 }  # fmt: skip
 
 
@@ -36,6 +39,8 @@ class SDN(ModelSpec):
     | trunk | M MACs of the trunk alone | classifiers at this percentage of them | M parameters |
     |---|---|---|---|
     | resnet20 | 40.81 | 12.6 35.8 44.8 56.3 76.9 88.4 | 0.308 |
+    | resnet32 | 69.12 | 14.3 27.9 46.9 60.6 72.7 93.2 | 0.503 |
+    | resnet44 | 97.44 | 15.0 29.5 43.0 62.3 75.8 90.3 | 0.697 |
     | resnet56 | 125.75 | 15.4 30.4 44.5 59.6 73.7 88.7 | 0.892 |
     | vgg16_bn | 313.7 | 12.6 30.6 48.7 60.7 78.8 90.8 | 15.5 |
     | mobilenet | 46.35 | 21.6 35.6 49.5 67.9 90.9 | 3.48 |
@@ -43,9 +48,10 @@ class SDN(ModelSpec):
 
     An internal classifier pools its map to 4x4 by MixedPool2d and reads it with one linear layer. The ResNets have
     projection shortcuts (option B). Convolutions start He-normal by fan-out, VGG's linear layers from N(0, 0.01), MobileNet
-    as torch starts it. Inferred: the places on ResNet-20, which the authors have not; they are the blocks nearest to 15,
-    30, 45, 60, 75 and 90 %. Deviations: on maps of 4x4 the authors' mixed pooling has windows of one pixel, which is the
-    identity whatever alpha is, and is left out; biases of WRN's layers start as He-normal and torch have them.
+    as torch starts it. Inferred: the places on ResNet-20, 32 and 44, which the authors have not; they are the blocks
+    nearest to 15, 30, 45, 60, 75 and 90 %, and the figures are counted here. Deviations: on maps of 4x4 the authors' mixed
+    pooling has windows of one pixel, which is the identity whatever alpha is, and is left out; biases of WRN's layers start
+    as He-normal and torch have them.
     Source: Kaya, Hong, Dumitras, "Shallow-Deep Networks", ICML 2019, arXiv:1810.07052, section 4; layers and places
     from the authors' architectures/SDNs and network_architectures.py.
     """
@@ -169,6 +175,8 @@ def _vgg(n_classes: int) -> tuple[list[_Part], nn.Module]:
 
 _TRUNKS: dict[str, Callable[[int], tuple[list[_Part], nn.Module]]] = {
     "resnet20": partial(_resnet, 3),
+    "resnet32": partial(_resnet, 5),
+    "resnet44": partial(_resnet, 7),
     "resnet56": partial(_resnet, 9),
     "vgg16_bn": _vgg,
     "mobilenet": _mobilenet,

@@ -36,7 +36,10 @@ def trace(link: nn.Module, path: str) -> fx.GraphModule:
     if isinstance(link, fx.GraphModule):
         return link
     try:
-        return fx.GraphModule(link, LinkTracer().trace(link), type(link).__name__)
+        graph = LinkTracer().trace(link)
+        for node in graph.nodes:
+            node.type = None  # an annotation may be a string, with which a graph cannot be pickled
+        return fx.GraphModule(link, graph, type(link).__name__)
     except Exception as error:
         raise Unsupported(f"{path} cannot be traced ({str(error).splitlines()[0]}): a link must be a static graph") from error
 

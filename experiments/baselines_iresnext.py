@@ -1,0 +1,35 @@
+"""What do sub-networks that share their weights cost, against the whole network alone?
+
+    make exp EXP=baselines_iresnext    (about 2.5 hours on 2 quiet cores)
+
+IResNeXt L9 with 4 sub-networks and its static twin, the largest of them alone, on CIFAR-10, trained alike for 30 epochs (the
+authors: 300), which takes the four together nearly two hours. Each exit restarts from the image: a fixed policy jumps to the
+one that its budget pays, a max-probability policy asks one after another and pays their sum. The budgets are what the four
+cost alone. It has not been run yet.
+"""
+
+from dataclasses import replace
+
+from anytime.backends.float import Float32
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.backends.ptq import PTQ
+from anytime.boards.host import Host
+from anytime.config import Experiment, Suite
+from anytime.datasets.cifar import CIFAR10
+from anytime.losses import Joint
+from anytime.models.iresnext import IResNeXt
+from anytime.models.static import Static
+from anytime.policies.fixed import Fixed
+from anytime.policies.threshold import MaxProb
+from experiments.common import cifar_recipe
+
+EXPERIMENT = Experiment(
+    name="baselines_iresnext",
+    question="What do sub-networks that share their weights cost, against the whole network alone?",
+    suites=(Suite(CIFAR10(), (Static(IResNeXt(subnets=4)), IResNeXt(subnets=4))),),
+    recipe=replace(cifar_recipe(Joint()), epochs=30),
+    backends=(Float32(), OnnxRuntime(of=Float32()), OnnxRuntime(of=PTQ(8, 8))),
+    policies=(Fixed(), MaxProb()),
+    budgets=(0.28, 0.52, 0.76, 1.0),
+    boards=(Host(),),
+)

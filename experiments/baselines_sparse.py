@@ -1,0 +1,36 @@
+"""Does orthogonalized SGD teach a depth-nested network better than plain joint SGD?
+
+    make exp EXP=baselines_sparse      (about 90 minutes on 2 quiet cores)
+
+SparseResNet, four exits, on CIFAR-10: eight epochs of joint SGD against the same eight epochs of OSGD, which takes the later
+exits' gradients off the earlier ones' over the whole vector of shared parameters; three training seeds, so the intervals are
+over trainings. The runs are short: they compare the two steps, not what the network can reach (exit_or_smaller trains it for
+40 epochs). It has not been run yet.
+"""
+
+from dataclasses import replace
+
+from anytime.backends.float import Float32
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.backends.ptq import PTQ
+from anytime.boards.host import Host
+from anytime.config import Experiment, Suite
+from anytime.datasets.cifar import CIFAR10
+from anytime.losses import Joint
+from anytime.models.sparse_resnet import SparseResNet
+from anytime.policies.threshold import MaxProb
+from experiments.common import cifar_recipe
+
+JOINT = replace(cifar_recipe(Joint()), epochs=8)
+
+EXPERIMENT = Experiment(
+    name="baselines_sparse",
+    question="Does orthogonalized SGD teach a depth-nested network better than plain joint SGD?",
+    suites=(Suite(CIFAR10(), (SparseResNet(),), others=((SparseResNet(), replace(JOINT, orthogonal="vector")),)),),
+    recipe=JOINT,
+    train_seeds=(0, 1, 2),
+    backends=(Float32(), OnnxRuntime(of=Float32()), OnnxRuntime(of=PTQ(8, 8))),
+    policies=(MaxProb(),),
+    budgets=(0.25, 0.5, 0.75, 1.0),
+    boards=(Host(),),
+)
