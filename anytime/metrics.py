@@ -168,6 +168,11 @@ METRICS: dict[str, Metric] = {
     "accuracy_hi": Metric("%", "", 2, "upper 95 % limit, likewise"),
     "loss": Metric("points", "lower", 2, "paired: accuracy of FP32 minus accuracy of this row, same test samples"),
     "loss_upper": Metric("points", "lower", 2, "upper one-sided 95 % limit of the paired loss"),
+    "static_loss": Metric(
+        "points", "lower", 2, "paired: accuracy of the same network without exits in FP32 minus that of this row"
+    ),
+    "static_loss_upper": Metric("points", "lower", 2, "upper one-sided 95 % limit of it"),
+    "static_macs": Metric("%", "lower", 1, "MACs of this row as a share of those of the same network without exits"),
     "macs": Metric(
         "M", "lower", 3, "multiply-accumulates of convolutions and linear layers a sample, every head that ran included"
     ),

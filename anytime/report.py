@@ -24,12 +24,12 @@ FORMATS = ("md", "csv", "tex")
 _CELL = listed("status reason execution simulated noisy front accuracy latency_ms_p50 size_bytes loss loss_lo loss_hi loss_upper")
 _MEASURED = "latency_ms_mean latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_spread cpu_ms speedup speedup_over reason"
 _EXITS = listed(
-    "dataset network column execution policy board train_seeds accuracy macs bops params packed_bytes size_bytes agreement "
-    f"int8_macs_share {_MEASURED}"
+    "dataset network column execution policy board train_seeds accuracy static_loss macs static_macs bops params packed_bytes "
+    f"size_bytes agreement int8_macs_share {_MEASURED}"
 )
 _POLICIES = listed(
-    "dataset network column execution policy arm budget board train_seeds spent exit_shares accuracy loss macs exit_flips "
-    f"int8_macs_share same_exits {_MEASURED}"
+    "dataset network column execution policy arm budget board train_seeds spent exit_shares accuracy loss static_loss macs "
+    f"static_macs exit_flips int8_macs_share same_exits {_MEASURED}"
 )
 _MISSED = listed("dataset network column backend of policy arm budget board train_seeds status reason")
 _TITLES = {
@@ -37,6 +37,8 @@ _TITLES = {
     "of": "asked for",
     "accuracy": "accuracy (%) [95 %]",
     "loss": "loss (points) [95 %], upper limit",
+    "static_loss": "loss to its static twin (points) [95 %], upper limit",
+    "static_macs": "MACs of its static twin's (%)",
     "speedup_over": "over",
     "bops": "BOPs (G)",
     "macs": "MACs (M)",
@@ -189,8 +191,8 @@ def _value(name: str, row: Row, notes: list[str]) -> str:
     if name == "accuracy" and not absent(row[name]):
         text = f"{_say(name, row[name])} [{_say('accuracy_lo', row['accuracy_lo'])}, {_say('accuracy_hi', row['accuracy_hi'])}]"
         return f"**{text}**" if row["front"] else text
-    if name == "loss" and not absent(row[name]):
-        value, lo, hi, upper = (f"{100 * row[limit]:+.2f}" for limit in ("loss", "loss_lo", "loss_hi", "loss_upper"))
+    if name in ("loss", "static_loss") and not absent(row[name]):
+        value, lo, hi, upper = (f"{100 * row[name + limit]:+.2f}" for limit in ("", "_lo", "_hi", "_upper"))
         return f"{value} [{lo}, {hi}], ≤ {upper}"
     if name in METRICS:
         mark = "~" if row["noisy"] and name.startswith("latency_ms_") and not absent(row[name]) else ""

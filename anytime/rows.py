@@ -6,7 +6,6 @@ It needs neither torch nor the classes that the records name, so rows can be mad
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
 import statistics
@@ -14,9 +13,8 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,22 +22,17 @@ from scipy.special import stdtrit
 
 from anytime import record
 from anytime.errors import UsageError, near
+from anytime.gather import NAN as NAN
+from anytime.gather import Asked, Network, asked_of, gather, key_of, noisy, order, train_seed_of
+from anytime.gather import Row as Row
+from anytime.gather import listed as listed
 from anytime.metrics import Bools, Interval, paired_loss, wilson
-from anytime.record import Record
-
-Row = dict[str, Any]
-NAN = math.nan
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """The words of ``text``."""
-    return tuple(text.split())
-
 
 COLUMNS = listed(
     "exp model dataset backend execution policy arm budget board train_seeds n accuracy accuracy_lo accuracy_hi macs bops params "
     "size_bytes latency_ms_p50 latency_ms_p90 latency_ms_p99 cpu_ms speedup speedup_over agreement int8_macs_share status reason "
-    "column exit currency spent spent_val loss loss_lo loss_hi loss_upper ece nll exit_flips exit_shares packed_bytes "
+    "column exit currency spent spent_val loss loss_lo loss_hi loss_upper static_loss static_loss_lo static_loss_hi "
+    "static_loss_upper static_macs ece nll exit_flips exit_shares packed_bytes "
     "activation_bytes own_macs own_latency_ms_p50 latency_ms_mean latency_ms_spread n_sessions n_timed same_exits "
     "same_answers front simulated noisy reference of seed variant cell exclusions"
 )
@@ -54,80 +47,11 @@ _SCORED = listed(
 )
 _TIMED = listed("latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_mean cpu_ms own_latency_ms_p50 same_exits same_answers")
 _FLEETING = ("noisy", "pressure", "waiting", "stopwatch", "load", "mhz", "interleaved")  # facts of a minute, not of a board
-_NEEDED = {  # what the fold cannot do without; every other key may be absent
-    "eval": {"exit", "n", "accuracy"},
-    "measure": {"exit"},
-    "decide": {"policy_label", "n", "accuracy"},
-    "replay": {"policy_label"},
-}
 
 
 def absent(value: Any) -> bool:
     """Whether a row says nothing here: None, NaN or pandas' NA."""
     return value is None or value is pd.NA or value != value
-
-
-class _Asked(NamedTuple):
-    """What a point answers: an exit, or a policy; ``fitted_on`` is the board whose milliseconds a budget counts, else empty."""
-
-    exit: int | None
-    policy: str
-    budget: float
-    currency: str
-    arm: str
-    fitted_on: str
-
-
-@dataclass
-class _Network:
-    """What is known of one cell, its training seeds folded."""
-
-    spec: Row
-    facts: Row = field(default_factory=dict)
-    variant: str = ""
-    cells: dict[int, str] = field(default_factory=dict)
-    files: dict[int, Path] = field(default_factory=dict)  # train seed -> its predictions
-    # what is asked -> train seed -> point; what is asked -> board -> points
-    scores: dict[_Asked, dict[int, Row]] = field(default_factory=lambda: defaultdict(dict))
-    times: dict[_Asked, dict[str, list[Row]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
-    missed: list[Record] = field(default_factory=list)
-    used: list[Record] = field(default_factory=list)
-
-    @property
-    def family(self) -> str:
-        """What networks must share to be compared: data, recipe, seed of the split."""
-        return _key([self.spec.get(part) for part in ("data", "recipe", "seed")])
-
-    @property
-    def model(self) -> str:
-        """The spec of the model, as a key."""
-        return _key(self.spec.get("model"))
-
-    def label(self, name: str) -> str:
-        """The fact ``name``, else the class that the spec names."""
-        spec = self.spec.get({"dataset": "data", "column": "backend"}.get(name, name))
-        return str(self.facts.get(name) or (spec.get("is", "") if isinstance(spec, dict) else ""))
-
-    def common(self, seeds: Iterable[int]) -> Row:
-        """What every row of this network says."""
-        seeds = sorted(seeds)
-        return {
-            **{name: self.label(name) for name in ("model", "dataset", "backend", "execution", "column")},
-            **{name: bool(self.facts.get(name)) for name in ("simulated", "reference")},
-            "seed": self.spec.get("seed"),
-            "variant": self.variant,
-            "train_seeds": ",".join(map(str, seeds)),
-            "cell": ",".join(self.cells[seed] for seed in seeds),
-        }
-
-    def whole(self, asked: _Asked) -> Row:
-        """What belongs to all of it together; of a policy's network that is more than of an exit's."""
-        row: Row = {"size_bytes": self.facts.get("size_bytes"), "exclusions": (self.facts.get("net") or {}).get("exclusions")}
-        exits = [_score(list(points.values())) for a, points in sorted(self.scores.items(), key=_order) if a.exit is not None]
-        if asked.exit is None and exits:
-            row |= {name: exits[-1][name] for name in ("params", "packed_bytes", "activation_bytes")}
-            row["agreement"] = min(e["agreement"] for e in exits)
-        return row
 
 
 def rows(records_root: Path, exp: str) -> pd.DataFrame:
@@ -138,13 +62,14 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
     medians over repeated measurements, latency_ms_spread their max - min. ``speedup`` is the mean latency (the median where
     no mean was recorded) of the first model's reference at its last exit, in the same execution if it was timed there, divided
     by this row's. It is taken within each session of measuring that timed both, then averaged over these sessions; where no
-    session is shared, over what was pooled. ``loss`` is paired, sample by sample, with the
-    reference backend of the same model at the same exit, or under the same policy and budget refitted; with several seeds each
-    is paired with its own reference, then value and limits are averaged. It is NaN on the reference's own rows, and where a
-    policy answers anything but the class of the exit taken. What a policy row says of params, bytes and agreement is the whole
+    session is shared, over what was pooled. ``loss`` is paired, sample by sample, with the reference backend of the same
+    model at the same exit, or under the same policy and budget refitted; with several seeds each is paired with its own
+    reference, then value and limits are averaged. It is NaN on the reference's own rows, and where a policy answers anything
+    but the class of the exit taken. ``static_loss`` is the same against the network without exits in the reference backend,
+    ``static_macs`` the MACs as a share of that one's. What a policy row says of params, bytes and agreement is the whole
     network's. ``front``: see ``mark_front``; ``of`` names the fact that a row reports (eval, measure, decide, replay) or that
-    its skip or fail stands in for; ``variant`` the fields in which cells of equal labels differ.
-    ``attrs`` carry exp, question, troubles (a sentence per file that could not be used) and provenance (lines).
+    its skip or fail stands in for; ``variant`` the fields in which cells of equal labels differ. ``attrs`` carry exp,
+    question, troubles (a sentence per file that could not be used) and provenance (lines).
     Raises UsageError where no record of ``exp`` lies.
     """
     loaded = record.load(records_root, exp)
@@ -152,7 +77,7 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
         names = near(exp, {p.parent.name for p in records_root.glob("*/*.json")})
         raise UsageError(f"experiment {exp!r} has no records in {records_root}; {names}; or run it first")
     troubles = list(loaded.troubles)
-    networks = _networks(loaded.records, troubles)
+    networks = gather(loaded.records, troubles)
     fold = _Fold(networks, troubles)
     said = [row for network in networks for row in fold.rows_of(network)]
     mark_front(said)
@@ -191,89 +116,37 @@ def mark_front(rows: Sequence[Row]) -> None:
             )
 
 
-def _networks(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[_Network]:
-    newest = record.newest(records)
-    networks: dict[str, _Network] = {}
-    order = listed("skip fail measure replay decide eval")  # what a skip says of its cell gives way to what its eval says
-    for r, path in sorted(records, key=lambda item: order.index(item[0].kind)):
-        points, needed = r.exits + r.points, _NEEDED.get(r.kind, set())
-        if needed and not (points and all(needed <= point.keys() for point in points)):
-            troubles.append(
-                f"the {r.kind} record {path} lacks {' or '.join(sorted(needed))}: remove it; what it held is run again"
-            )
-            continue
-        timed = r.kind in ("measure", "replay")
-        if newest[r.fact][1] != path and not timed:  # times are pooled
-            continue
-        spec = {name: value for name, value in r.spec.items() if name != "train_seed"}
-        network, seed = networks.setdefault(_key(spec), _Network(spec)), _train_seed(r)
-        position = min(r.facts.get("position", math.inf), network.facts.get("position", math.inf))
-        network.facts |= {name: value for name, value in r.facts.items() if value not in (None, "")} | {"position": position}
-        network.cells[seed] = r.cell
-        network.used.append(r)
-        for point in points:
-            if timed:
-                about = {"noisy": _noisy(r), "session": str(r.facts.get("session") or "")}
-                network.times[_asked(r, point)][r.board].append(point | about)
-            else:
-                network.scores[_asked(r, point)][seed] = point
-        if r.kind == "eval":
-            network.files[seed] = path.with_suffix(".npz")
-        if r.kind in ("skip", "fail"):
-            network.missed.append(r)
-    _name_variants(list(networks.values()))
-    return sorted(networks.values(), key=lambda n: (n.facts["position"], n.variant, _key(n.spec)))
-
-
-def _asked(r: Record, said: Row) -> _Asked:
-    if "exit" in said:
-        return _Asked(int(said["exit"]), f"exit {said['exit'] + 1}", NAN, "", "", "")
-    policy, currency, arm = (str(said.get(name) or "") for name in ("policy_label", "currency", "arm"))
-    budget = said.get("budget")
-    return _Asked(None, policy, NAN if budget is None else float(budget), currency, arm, r.board if currency == "ms" else "")
-
-
-def _order(item: tuple[_Asked, Any]) -> tuple[Any, ...]:
-    return (item[0].exit is None, item[0].exit or 0, *item[0][1:])
-
-
-def _name_variants(networks: Sequence[_Network]) -> None:
-    # Runs under other settings (--set) share the folder; without a name for the difference their rows would look alike.
-    leaves = pd.json_normalize([network.spec for network in networks]).astype(str)
-    alike = [_key([network.label(name) for name in ("dataset", "model", "backend")]) for network in networks]
-    differ = [path for path in sorted(map(str, leaves)) if (leaves[path].groupby(alike).nunique() > 1).any()]
-    for network, said in zip(networks, leaves[differ].to_dict("records"), strict=True):
-        network.variant = ", ".join(f"{path}={value}" for path, value in said.items() if value != "nan")
-
-
 class _Fold:
     """Networks -> rows: looks up what is seen only across networks, the references and the denominators of speed-ups."""
 
-    def __init__(self, networks: Sequence[_Network], troubles: list[str]) -> None:
+    def __init__(self, networks: Sequence[Network], troubles: list[str]) -> None:
         self.troubles = troubles
         self.answers: dict[Path, Bools | None] = {}
-        self.references: dict[tuple[str, str], _Network] = {}
-        self.denominators: dict[tuple[str, str], list[tuple[str, list[Row], str]]] = defaultdict(list)
-        first: dict[str, _Network] = {}
+        self.references: dict[tuple[str, str], Network] = {}
+        self.statics: dict[tuple[str, str], list[Network]] = defaultdict(list)  # by the model that they are without its exits
+        self.denominators: dict[tuple[str, str], list[tuple[Network, list[Row], str]]] = defaultdict(list)
+        first: dict[str, Network] = {}
         for network in networks:
             if network.facts.get("reference"):
                 self.references.setdefault((network.family, network.model), network)
-                first.setdefault(network.family, network)
+                first.setdefault(network.place, network)
+                self.statics[network.place, key_of((network.spec.get("model") or {}).get("of"))].append(network)
         # The reference comes first: it serves where its model was not timed in a row's own execution.
-        for network in sorted(networks, key=lambda n: n is not first.get(n.family)):
-            base = first.get(network.family)
+        for network in sorted(networks, key=lambda n: n is not first.get(n.place)):
+            base = first.get(network.place)
             if base and (network.model, network.label("column")) == (base.model, base.label("column")):
-                exits = sorted((item for item in network.times.items() if item[0].exit is not None), key=_order)
+                exits = sorted((item for item in network.times.items() if item[0].exit is not None), key=order)
                 for board, points in exits[-1][1].items() if exits else ():
                     name = f"{network.label('model')} {network.label('column')}, {network.label('execution')}"
-                    self.denominators[network.family, board].append((network.label("execution"), points, name))
+                    self.denominators[network.place, board].append((network, points, name))
 
-    def rows_of(self, network: _Network) -> Iterator[Row]:
+    def rows_of(self, network: Network) -> Iterator[Row]:
         """Exits, then policies, then what was skipped or failed."""
-        for asked, _ in sorted({**network.scores, **network.times}.items(), key=_order):
+        for asked, _ in sorted({**network.scores, **network.times}.items(), key=order):
             points, boards = network.scores.get(asked, {}), network.times.get(asked, {})
             row = network.common(points or network.cells) | _told(asked) | {"status": "done"}
-            row |= _score(list(points.values())) | network.whole(asked) | self._loss(network, asked)
+            row |= _score(list(points.values())) | _whole(network, asked) | self._loss(network, asked)
+            row |= self._against_static(network, asked, row.get("macs"))
             scored, timed = ("decide", "replay") if asked.exit is None else ("eval", "measure")
             row["reason"] = "" if points else f"the {scored} record is missing"
             for board in sorted(boards) or [asked.fitted_on]:
@@ -282,14 +155,15 @@ class _Fold:
                 yield row | _times(times) | place | self._speedup(network, board, times)
         missed = defaultdict(set)
         for r in network.missed:
-            missed[r.kind, r.of, r.board, " ".join(r.reason.split()), _asked(r, r.facts)].add(_train_seed(r))
+            missed[r.kind, r.of, r.board, " ".join(r.reason.split()), asked_of(r, r.facts)].add(train_seed_of(r))
         for (kind, of, board, reason, asked), seeds in missed.items():
             said = {"board": board, "status": kind, "of": of, "reason": reason}
             yield network.common(seeds) | _told(asked) | said
 
-    def _speedup(self, network: _Network, board: str, ours: list[Row]) -> Row:
-        bases = self.denominators.get((network.family, board), [])
-        bases = [base for base in bases if base[0] == network.label("execution")] or bases
+    def _speedup(self, network: Network, board: str, ours: list[Row]) -> Row:
+        bases = self.denominators.get((network.place, board), [])
+        bases = [base for base in bases if base[0].family == network.family] or bases
+        bases = [base for base in bases if base[0].label("execution") == network.label("execution")] or bases
         if not bases:
             return {}
         _, theirs, name = bases[0]
@@ -298,20 +172,38 @@ class _Fold:
         ratio = _mean(above[session] / below[session] for session in shared if below[session])
         return {} if absent(ratio) else {"speedup": ratio, "speedup_over": name}
 
-    def _loss(self, network: _Network, asked: _Asked) -> Row:
+    def _loss(self, network: Network, asked: Asked) -> Row:
         reference = self.references.get((network.family, network.model))
         against = asked if asked.exit is not None else asked._replace(arm="refitted")
         if reference is None or (reference is network and against == asked):
             return {}
+        return self._paired(reference, against, network, asked, "loss")
+
+    def _against_static(self, network: Network, asked: Asked, macs: Any) -> Row:
+        statics = self.statics.get((network.place, network.model), [])
+        statics = [static for static in statics if static.family == network.family] or statics
+        last = (
+            max((a for a in statics[0].scores if a.exit is not None), key=lambda a: a.exit or 0, default=None)
+            if statics
+            else None
+        )
+        if last is None:
+            return {}
+        whole = _mean(point.get("macs") for point in statics[0].scores[last].values())
+        share = {} if absent(macs) or absent(whole) or not whole else {"static_macs": macs / whole}
+        return self._paired(statics[0], last, network, asked, "static_loss") | share
+
+    def _paired(self, reference: Network, against: Asked, network: Network, asked: Asked, name: str) -> Row:
+        """Loss and its limits, seed by seed, then averaged."""
         losses = []
         for seed in sorted(network.files):
             theirs, ours = self._right(reference, against, seed), self._right(network, asked, seed)
             if theirs is not None and ours is not None and len(theirs) == len(ours):
                 losses.append(paired_loss(theirs, ours))
         means = map(statistics.fmean, zip(*losses, strict=True))
-        return dict(zip(("loss", "loss_lo", "loss_hi", "loss_upper"), means, strict=True)) if losses else {}
+        return dict(zip((name, *(f"{name}_{limit}" for limit in ("lo", "hi", "upper"))), means, strict=True)) if losses else {}
 
-    def _right(self, network: _Network, asked: _Asked, seed: int) -> Bools | None:
+    def _right(self, network: Network, asked: Asked, seed: int) -> Bools | None:
         """Whether it answers right, sample by sample [N]; None where that cannot be known."""
         point = network.scores.get(asked, {}).get(seed)
         right = self._read(network.files[seed]) if seed in network.files else None
@@ -342,15 +234,17 @@ class _Fold:
         return self.answers[path]
 
 
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+def _whole(network: Network, asked: Asked) -> Row:
+    """What belongs to all of it together; of a policy's network that is more than of an exit's."""
+    row: Row = {"size_bytes": network.facts.get("size_bytes"), "exclusions": (network.facts.get("net") or {}).get("exclusions")}
+    exits = [_score(list(points.values())) for a, points in sorted(network.scores.items(), key=order) if a.exit is not None]
+    if asked.exit is None and exits:
+        row |= {name: exits[-1][name] for name in ("params", "packed_bytes", "activation_bytes")}
+        row["agreement"] = min(e["agreement"] for e in exits)
+    return row
 
 
-def _train_seed(r: Record) -> int:
-    return int(r.spec.get("train_seed", 0))
-
-
-def _told(asked: _Asked) -> Row:
+def _told(asked: Asked) -> Row:
     return {name: value for name, value in asked._asdict().items() if name != "fitted_on"}
 
 
@@ -409,7 +303,7 @@ def _ms_by_session(points: Sequence[Row]) -> dict[str, float]:
     return {session: _mean_ms(_times([p for p in points if session in ("", p["session"])])) for session in sessions}
 
 
-def _provenance(networks: Sequence[_Network]) -> list[str]:
+def _provenance(networks: Sequence[Network]) -> list[str]:
     """Lines that say what the numbers were made with."""
     told: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     timed = []
@@ -419,7 +313,7 @@ def _provenance(networks: Sequence[_Network]) -> list[str]:
         for name, value in (r.facts.get("versions") or {}).items():
             told["versions"][name].add(str(value))
         if r.kind in ("measure", "replay"):
-            timed.append(_noisy(r))
+            timed.append(noisy(r))
             for name, value in (r.facts.get("device") or {}).items():
                 if not name.startswith(_FLEETING):
                     told[f"board {r.board}"][name].add(str(value))
@@ -428,7 +322,3 @@ def _provenance(networks: Sequence[_Network]) -> list[str]:
         parts = (f"{name} {' / '.join(sorted(filter(None, values)))}".strip() for name, values in sorted(said.items()))
         lines.append(f"{title}: {', '.join(parts)}")
     return lines + ([f"{sum(timed)} of {len(timed)} measurements were made on a busy machine (~)"] if any(timed) else [])
-
-
-def _noisy(r: Record) -> bool:
-    return (r.facts.get("device") or {}).get("noisy") in (True, "yes")

@@ -312,6 +312,25 @@ def test_runs_under_other_settings_are_told_apart_and_not_folded(to: Maker) -> N
     assert "LeNet (recipe.epochs=1)" in report.show(rows)
 
 
+def test_a_network_is_paired_with_itself_without_exits(to: Maker) -> None:
+    static = Cell(to, 0, "LeNet", "FP32", "FP32", "torch")
+    static.spec["model"] = {"is": "Static", "version": 1, "of": {"is": "BLeNet", "version": 1}}
+    static.eval([first(4)])
+    Cell(to, 1, "B-LeNet", "FP32", "FP32", "torch").eval([first(9), first(3, 20, 21)]).decide(20)
+    other = Cell(to, 2, "B-LeNet", "PTQ", "INT8 PTQ", "fake-quant")
+    other.spec["recipe"]["epochs"] = 5  # a recipe of its own: still the same data
+    other.eval([first(9), first(5)])
+    table = rows_of(to)
+    row = one(table, model="B-LeNet", backend="FP32", exit=1)
+    want = paired_loss(right(first(4)), right(first(3, 20, 21)))
+    assert tuple(row[f"static_loss{limit}"] for limit in ("", "_lo", "_hi", "_upper")) == tuple(want)
+    assert row["static_macs"] == 2.0  # the static one has 100 kMACs, this exit 200
+    policy = one(table, model="B-LeNet", policy="Entropy")
+    assert policy["static_macs"] == pytest.approx(policy["macs"] / 100_000) and not math.isnan(policy["static_loss"])
+    assert one(table, backend="PTQ", exit=1)["static_loss"] == pytest.approx(1 / 40)
+    assert table[table["model"] == "LeNet"]["static_loss"].isna().all()
+
+
 def test_answers_that_are_not_those_of_the_exit_taken_have_no_paired_loss(to: Maker) -> None:
     Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)]).decide(20)
     cell = Cell(to, 1, "B-LeNet", "PTQ", "INT8 PTQ", "fake-quant").eval([first(8), first(4)]).decide(20)

@@ -1,0 +1,156 @@
+"""Records gathered by network: what is known of a cell, its training seeds together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from anytime import record
+from anytime.record import Record
+
+Row = dict[str, Any]
+NAN = math.nan
+_NEEDED = {  # what the fold cannot do without; every other key may be absent
+    "eval": {"exit", "n", "accuracy"},
+    "measure": {"exit"},
+    "decide": {"policy_label", "n", "accuracy"},
+    "replay": {"policy_label"},
+}
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The words of ``text``."""
+    return tuple(text.split())
+
+
+class Asked(NamedTuple):
+    """What a point answers: an exit, or a policy; ``fitted_on`` is the board whose milliseconds a budget counts, else empty."""
+
+    exit: int | None
+    policy: str
+    budget: float
+    currency: str
+    arm: str
+    fitted_on: str
+
+
+@dataclass
+class Network:
+    """What is known of one cell, its training seeds folded."""
+
+    spec: Row
+    facts: Row = field(default_factory=dict)
+    variant: str = ""
+    cells: dict[int, str] = field(default_factory=dict)
+    files: dict[int, Path] = field(default_factory=dict)  # train seed -> its predictions
+    # what is asked -> train seed -> point; what is asked -> board -> points
+    scores: dict[Asked, dict[int, Row]] = field(default_factory=lambda: defaultdict(dict))
+    times: dict[Asked, dict[str, list[Row]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    missed: list[Record] = field(default_factory=list)
+    used: list[Record] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """What networks must share to stand in one table: data and seed of the split."""
+        return key_of([self.spec.get(part) for part in ("data", "seed")])
+
+    @property
+    def family(self) -> str:
+        """What forms of one network must share to be paired: the recipe too."""
+        return key_of([self.place, self.spec.get("recipe")])
+
+    @property
+    def model(self) -> str:
+        """The spec of the model, as a key."""
+        return key_of(self.spec.get("model"))
+
+    def label(self, name: str) -> str:
+        """The fact ``name``, else the class that the spec names."""
+        spec = self.spec.get({"dataset": "data", "column": "backend"}.get(name, name))
+        return str(self.facts.get(name) or (spec.get("is", "") if isinstance(spec, dict) else ""))
+
+    def common(self, seeds: Iterable[int]) -> Row:
+        """What every row of this network says."""
+        seeds = sorted(seeds)
+        return {
+            **{name: self.label(name) for name in ("model", "dataset", "backend", "execution", "column")},
+            **{name: bool(self.facts.get(name)) for name in ("simulated", "reference")},
+            "seed": self.spec.get("seed"),
+            "variant": self.variant,
+            "train_seeds": ",".join(map(str, seeds)),
+            "cell": ",".join(self.cells[seed] for seed in seeds),
+        }
+
+
+def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[Network]:
+    newest = record.newest(records)
+    networks: dict[str, Network] = {}
+    order = listed("skip fail measure replay decide eval")  # what a skip says of its cell gives way to what its eval says
+    for r, path in sorted(records, key=lambda item: order.index(item[0].kind)):
+        points, needed = r.exits + r.points, _NEEDED.get(r.kind, set())
+        if needed and not (points and all(needed <= point.keys() for point in points)):
+            troubles.append(
+                f"the {r.kind} record {path} lacks {' or '.join(sorted(needed))}: remove it; what it held is run again"
+            )
+            continue
+        timed = r.kind in ("measure", "replay")
+        if newest[r.fact][1] != path and not timed:  # times are pooled
+            continue
+        spec = {name: value for name, value in r.spec.items() if name != "train_seed"}
+        network, seed = networks.setdefault(key_of(spec), Network(spec)), train_seed_of(r)
+        position = min(r.facts.get("position", math.inf), network.facts.get("position", math.inf))
+        network.facts |= {name: value for name, value in r.facts.items() if value not in (None, "")} | {"position": position}
+        network.cells[seed] = r.cell
+        network.used.append(r)
+        for point in points:
+            if timed:
+                about = {"noisy": noisy(r), "session": str(r.facts.get("session") or "")}
+                network.times[asked_of(r, point)][r.board].append(point | about)
+            else:
+                network.scores[asked_of(r, point)][seed] = point
+        if r.kind == "eval":
+            network.files[seed] = path.with_suffix(".npz")
+        if r.kind in ("skip", "fail"):
+            network.missed.append(r)
+    name_variants(list(networks.values()))
+    return sorted(networks.values(), key=lambda n: (n.facts["position"], n.variant, key_of(n.spec)))
+
+
+def asked_of(r: Record, said: Row) -> Asked:
+    if "exit" in said:
+        return Asked(int(said["exit"]), f"exit {said['exit'] + 1}", NAN, "", "", "")
+    policy, currency, arm = (str(said.get(name) or "") for name in ("policy_label", "currency", "arm"))
+    budget = said.get("budget")
+    return Asked(None, policy, NAN if budget is None else float(budget), currency, arm, r.board if currency == "ms" else "")
+
+
+def order(item: tuple[Asked, Any]) -> tuple[Any, ...]:
+    return (item[0].exit is None, item[0].exit or 0, *item[0][1:])
+
+
+def name_variants(networks: Sequence[Network]) -> None:
+    # Runs under other settings (--set) share the folder; without a name for the difference their rows would look alike.
+    leaves = pd.json_normalize([network.spec for network in networks]).astype(str)
+    alike = [key_of([network.label(name) for name in ("dataset", "model", "backend")]) for network in networks]
+    differ = [path for path in sorted(map(str, leaves)) if (leaves[path].groupby(alike).nunique() > 1).any()]
+    for network, said in zip(networks, leaves[differ].to_dict("records"), strict=True):
+        network.variant = ", ".join(f"{path}={value}" for path, value in said.items() if value != "nan")
+
+
+def key_of(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def train_seed_of(r: Record) -> int:
+    return int(r.spec.get("train_seed", 0))
+
+
+def noisy(r: Record) -> bool:
+    return (r.facts.get("device") or {}).get("noisy") in (True, "yes")
