@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +37,7 @@ class Deployable(ABC):
     twin: AnytimeModel  # the same arithmetic in torch: what is counted, what fidelity is judged against
     bits: BitMap
     facts: dict[str, str]  # what a reader of the record should know: exclusions, epochs, why it is simulated
+    sqnr: Mapping[str, float] = {}  # layer path -> signal to quantization noise of its output in dB, where it was measured
 
     @property
     def n_exits(self) -> int:

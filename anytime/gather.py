@@ -50,6 +50,7 @@ class Network:
     variant: str = ""
     cells: dict[int, str] = field(default_factory=dict)
     files: dict[int, Path] = field(default_factory=dict)  # train seed -> its predictions
+    layers: list[Row] = field(default_factory=list)  # of one training seed: bits and MACs are those of all
     # what is asked -> train seed -> point; what is asked -> board -> points
     scores: dict[Asked, dict[int, Row]] = field(default_factory=lambda: defaultdict(dict))
     times: dict[Asked, dict[str, list[Row]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
@@ -117,6 +118,7 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
                 network.scores[asked_of(r, point)][seed] = point
         if r.kind == "eval":
             network.files[seed] = path.with_suffix(".npz")
+            network.layers = r.layers
         if r.kind in ("skip", "fail"):
             network.missed.append(r)
     name_variants(list(networks.values()))

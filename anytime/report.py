@@ -24,8 +24,8 @@ FORMATS = ("md", "csv", "tex")
 _CELL = listed("status reason execution simulated noisy front accuracy latency_ms_p50 size_bytes loss loss_lo loss_hi loss_upper")
 _MEASURED = "latency_ms_mean latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_spread cpu_ms speedup speedup_over reason"
 _EXITS = listed(
-    "dataset network column execution policy board train_seeds accuracy static_loss macs static_macs bops params packed_bytes "
-    f"size_bytes agreement int8_macs_share {_MEASURED}"
+    "dataset network column execution policy board train_seeds accuracy static_loss macs static_macs bops macs_by_bits "
+    f"worst_layer params packed_bytes size_bytes agreement int8_macs_share {_MEASURED}"
 )
 _POLICIES = listed(
     "dataset network column execution policy arm budget board train_seeds spent exit_shares accuracy loss static_loss macs "
@@ -44,6 +44,8 @@ _TITLES = {
     "macs": "MACs (M)",
     "cpu_ms": "CPU (ms)",
     "int8_macs_share": "MACs in INT8 (%)",
+    "macs_by_bits": "MACs by bits",
+    "worst_layer": "noisiest layer (SQNR)",
 }
 MARKS = {
     "†": "† scored with simulated arithmetic, never timed; its MB are its parameters at their true bit widths.",

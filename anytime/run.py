@@ -167,7 +167,10 @@ class Runner:
             "trained_on": sorted(net.twin.trained_on), "ptflops_macs": ptflops_macs(plain_net, parts.input_shape),
             "wall_s": {**self.shop.wall_s.get(key(cell), {}), "all": perf_counter() - started},
         }  # fmt: skip
-        rows: dict[str, Any] = {"exits": eval_rows(test, cost, agreement, executed), "layers": layer_rows(cost, executed)}
+        rows: dict[str, Any] = {
+            "exits": eval_rows(test, cost, agreement, executed),
+            "layers": layer_rows(cost, executed, net.sqnr),
+        }
         self._write(fact, "eval", **rows, facts=facts, attachments={".npz": compact(test)})
 
     def _decide(self, fact: Fact) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,9 +40,18 @@ def eval_rows(test: Predictions, cost: Cost, agreement: Floats, executed: dict[s
     return rows
 
 
-def layer_rows(cost: Cost, executed: dict[str, str] | None) -> list[dict[str, Any]]:
-    """One row per layer that multiplies; ``executed`` is the number type of its kernel, "" where no profile tells."""
-    return [{**layer._asdict(), "executed": (executed or {}).get(layer.layer, "")} for layer in cost.layers]
+def layer_rows(cost: Cost, executed: dict[str, str] | None, sqnr: Mapping[str, float]) -> list[dict[str, Any]]:
+    """One row per layer that multiplies.
+
+    ``executed`` is the number type of its kernel, "" where no profile tells; ``sqnr_db`` is None where it was not measured or
+    there is no noise.
+    """
+    rows = []
+    for layer in cost.layers:
+        db = sqnr.get(layer.layer, np.inf)
+        ran = (executed or {}).get(layer.layer, "")
+        rows.append({**layer._asdict(), "executed": ran, "sqnr_db": db if np.isfinite(db) else None})
+    return rows
 
 
 def only_int8(cost: Cost, executed: dict[str, str]) -> Cost:

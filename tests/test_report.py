@@ -312,6 +312,19 @@ def test_runs_under_other_settings_are_told_apart_and_not_folded(to: Maker) -> N
     assert "LeNet (recipe.epochs=1)" in report.show(rows)
 
 
+def test_bits_and_the_noisiest_layer_come_from_the_layers_of_the_record(to: Maker) -> None:
+    def layer(name: str, bits: int, macs: int, db: float | None) -> dict[str, object]:
+        return {"layer": name, "weight_bits": bits, "activation_bits": bits, "macs": macs, "sqnr_db": db}
+
+    Cell(to, 0, "LeNet", "FP32", "FP32", "torch").eval([first(4)], layers=(layer("stages.0.0", 32, 1000, None),))
+    few = (layer("stages.0.0", 8, 100, 30.0), layer("stages.0.1", 4, 700, 12.25), layer("heads.0.0", 4, 200, None))
+    Cell(to, 1, "LeNet", "PTQ", "INT4 PTQ", "fake-quant").eval([first(4)], layers=few)
+    table = rows_of(to)
+    assert (one(table, backend="FP32")["macs_by_bits"], one(table, backend="FP32")["worst_layer"]) == ("", "")
+    row = one(table, backend="PTQ")
+    assert row["macs_by_bits"] == "W4A4 90.0 %, W8A8 10.0 %" and row["worst_layer"] == "stages.0.1 12.2 dB"
+
+
 def test_a_network_is_paired_with_itself_without_exits(to: Maker) -> None:
     static = Cell(to, 0, "LeNet", "FP32", "FP32", "torch")
     static.spec["model"] = {"is": "Static", "version": 1, "of": {"is": "BLeNet", "version": 1}}

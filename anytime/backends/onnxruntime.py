@@ -46,4 +46,6 @@ class OnnxRuntime(Backend):
             )
         chain = inner.twin if inner.bits else traced(inner.twin)
         graph = partial(written, chain, tuple(calib.x.shape[1:]))
-        return OnnxNet(inner.twin, inner.bits, graph, {k: v for k, v in inner.facts.items() if k != "simulated"})
+        net = OnnxNet(inner.twin, inner.bits, graph, {k: v for k, v in inner.facts.items() if k != "simulated"})
+        net.sqnr = inner.sqnr
+        return net

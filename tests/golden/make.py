@@ -96,7 +96,15 @@ class Cell:
         said = Record(EXP, self.name, kind, f"{self.name}-{fact}", self.spec, facts=self.facts | (facts or {}), **more)  # type: ignore[arg-type]
         self.to.put(said, **kept)
 
-    def eval(self, wrong: Wrong, bits: int = 32, size: int = 300_000, share: float | None = None, agreement: float = 1.0) -> Cell:
+    def eval(
+        self,
+        wrong: Wrong,
+        bits: int = 32,
+        size: int = 300_000,
+        share: float | None = None,
+        agreement: float = 1.0,
+        layers: tuple[dict[str, Any], ...] = (),
+    ) -> Cell:
         """What it predicts: 100 kMACs and 10 k parameters a link."""
         self.wrong, right = wrong, [N - len(w) for w in wrong]
         argmax = np.array([[(y + (n in w)) % 4 for n, y in enumerate(LABELS)] for w in wrong], np.uint8)
@@ -121,7 +129,14 @@ class Cell:
             }
             for k in range(len(wrong))
         ]
-        self.record("eval", "eval", {"size_bytes": size, "net": {"exclusions": ""}}, exits=exits, attachment=file.getvalue())
+        self.record(
+            "eval",
+            "eval",
+            {"size_bytes": size, "net": {"exclusions": ""}},
+            exits=exits,
+            layers=list(layers),
+            attachment=file.getvalue(),
+        )
         return self
 
     def measure(self, *p50: float, noisy: bool = False) -> Cell:
