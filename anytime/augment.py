@@ -35,6 +35,18 @@ def flip(x: Tensor, generator: Generator) -> Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
 
 
+def cutout(x: Tensor, generator: Generator, side: int) -> Tensor:
+    """Paint a square of ``side`` pixels, cut off where it leaves the image, in 0, the mean colour; x [B, C, H, W].
+
+    Its centre is any pixel. Source: DeVries and Taylor 2017, arXiv:1708.04552, section 3.2.
+    """
+    b, _, h, w = x.shape
+    top = torch.randint(h, (b, 1), generator=generator) - side // 2
+    left = torch.randint(w, (b, 1), generator=generator) - side // 2
+    rows, columns = (((at := torch.arange(n)) >= first) & (at < first + side) for n, first in ((h, top), (w, left)))
+    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
 def affine(
     x: Tensor,
     generator: Generator,

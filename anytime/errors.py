@@ -41,6 +41,10 @@ class Unsupported(AnytimeError):
     """This network cannot go through this backend; the message names the layer and the reason."""
 
 
+class Collapsed(AnytimeError):
+    """An exit of a compressed network answers no better than chance; the message names the first bad layer."""
+
+
 class Leak(AnytimeError):
     """A fit was about to see test data, or samples that the network was trained on."""
 

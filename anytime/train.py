@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from anytime.augment import cutout
 from anytime.dataset import Augment, Part
 from anytime.errors import CorruptFile, Diverged, UsageError, WriteError, near
 from anytime.losses import Joint, Loss
@@ -45,6 +46,7 @@ class Recipe(Spec):
     ``loss`` is a strategy of losses.py. ``orthogonal`` takes later exits' gradients off the earlier ones' (OSGD), the
     whole parameter vector that both touch or each tensor by itself. ``start`` "static" begins from the weights of the same
     network without its exits, trained by the same recipe, as BranchyNet does.
+    ``cutout`` paints a square of so many pixels over every image, after the data set's own augmentation.
     ``precision`` "bf16" is autocast, taken where the device gains from it. ``device`` "auto" is CUDA where there is some,
     else the CPU; "cpu", "cuda" and "cuda:1" are taken at their word. ``compile`` trains through torch.compile: other last
     digits, and a minute before the first step.
@@ -65,11 +67,13 @@ class Recipe(Spec):
     channels_last: bool = True
     device: str = "auto"
     compile: bool = False
+    cutout: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch < 1 or not self.lr > 0:
+        if self.epochs < 0 or self.batch < 1 or not self.lr > 0 or self.cutout < 0:
             raise UsageError(
-                f"recipe: epochs={self.epochs}, batch={self.batch}, lr={self.lr}: use epochs >= 0, batch >= 1, lr > 0"
+                f"recipe: epochs={self.epochs}, batch={self.batch}, lr={self.lr}, cutout={self.cutout}: use epochs >= 0, "
+                "batch >= 1, lr > 0, cutout >= 0"
             )
         _torch_name(torch.optim, self.optimizer, torch.optim.Optimizer, "optimizer")
         if self.schedule != "constant":
@@ -182,6 +186,8 @@ def _run(
             batch = x[i]
             if trainer.augment is not None:
                 batch = trainer.augment(batch, draw)
+            if recipe.cutout:
+                batch = cutout(batch, draw, recipe.cutout)
             batch = batch.contiguous(memory_format=layout).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 logits = forward(batch)

@@ -3,7 +3,7 @@
     make exp EXP=baselines_resnet      (about 3 minutes on 2 quiet cores; nothing is trained)
 
 The published CIFAR-10 checkpoint of akamaster/pytorch_resnet_cifar10, 91.73 % on the test set, in FP32 and INT8 PTQ. The file
-is looked for where CHECKPOINT says, from the folder that the command runs in; another place:
+is looked for where CHECKPOINT in experiments/common.py says, from the folder that the command runs in; another place:
 SET="suites.0.models.0.weights=path". These weights have seen the whole training set, calibration samples too, so no policy
 could be fitted on any of it. It has not been run yet.
 """
@@ -16,8 +16,7 @@ from anytime.config import Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
 from anytime.models.resnet import ResNet20
 from anytime.train import Recipe
-
-CHECKPOINT = "../shared/data/checkpoints/resnet20_cifar10/resnet20-12fca82f.th"
+from experiments.common import CHECKPOINT
 
 EXPERIMENT = Experiment(
     name="baselines_resnet",

@@ -2,9 +2,9 @@
 
     make exp EXP=baselines_sdn         (about 3 hours on 2 quiet cores; a finished network is never trained again)
 
-SDN on ResNet-56 and on ResNet-20 with their static twins, trained alike: 40 epochs, the side exits' weights rising to
+SDN on ResNet-56 and on ResNet-20 with their static twins, trained alike: 75 epochs, the side exits' weights rising to
 0.15 ... 0.9 as SDN's do. FP32 and INT8 PTQ, executed by ONNX Runtime, under a max-probability policy; budgets are fractions
-of the static ResNet-56's MACs. With 40 epochs it has not been run yet.
+of the static ResNet-56's MACs. With 75 epochs it has not been run yet.
 """
 
 from anytime.backends.float import Float32

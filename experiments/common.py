@@ -3,11 +3,13 @@
 from anytime.losses import Loss
 from anytime.train import Recipe
 
-CIFAR_EPOCHS = 40
+CIFAR_EPOCHS = 75
+CHECKPOINT = "../shared/data/checkpoints/resnet20_cifar10/resnet20-12fca82f.th"  # akamaster/pytorch_resnet_cifar10
 
 
 def cifar_recipe(loss: Loss) -> Recipe:
-    """How every residual network on CIFAR-10 is trained here: SGD with one cycle of the learning rate, bf16, 40 epochs.
+    """How every residual network on CIFAR-10 is trained here: SGD with one cycle of the learning rate, bf16,
+    75 epochs, a square of 8 pixels painted over. (40 epochs without it gave SDN ResNet-56 91.6 % on val and 98.2 % on train.)
 
     About 30 s an epoch for a ResNet-20 on 2 quiet cores, three times that for a ResNet-56.
     """
@@ -21,4 +23,10 @@ def cifar_recipe(loss: Loss) -> Recipe:
         schedule="OneCycleLR",
         loss=loss,
         precision="bf16",
+        cutout=8,
     )
+
+
+def branchy_recipe() -> Recipe:
+    """How B-LeNet and B-AlexNet are trained here: the network without exits for 20 epochs, then all exits for 20 more."""
+    return Recipe(epochs=20, batch=128, lr=1e-3, weight_decay=1e-4, start="static", precision="bf16")

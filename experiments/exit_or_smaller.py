@@ -1,8 +1,8 @@
 """Early exit, or just a smaller network?
 
-    make exp EXP=exit_or_smaller       (about 4 hours on 2 quiet cores, nearly all of it training, none of it twice)
+    make exp EXP=exit_or_smaller       (about 8 hours on 2 quiet cores, nearly all of it training, none of it twice)
 
-SDN on ResNet-56 and SparseResNet under policies against static ResNet-56, 44, 32 and 20 of the same blocks, all trained 40
+SDN on ResNet-56 and SparseResNet under policies against static ResNet-56, 44, 32 and 20 of the same blocks, all trained 75
 epochs by the same recipe, executed by the same engine in FP32 and in INT8 PTQ. The budgets are what the static networks cost:
 0.325, 0.55 and 0.775 of ResNet-56's MACs are ResNet-20's, 32's and 44's; 0.2 and 0.45 lie between. Read it along the latency
 that was measured: what is on the front is worth its time beyond the noise. It has not been run yet.

@@ -20,7 +20,7 @@ from anytime.datasets.mnist import MNIST
 from anytime.models.branchynet import BAlexNet, BLeNet
 from anytime.models.static import Static
 from anytime.policies.threshold import Entropy, MaxProb
-from anytime.train import Recipe
+from experiments.common import branchy_recipe
 
 TUNE_EPOCHS = 3  # of both QATs, and of FP32 trained on: else QAT's gain is retraining's
 
@@ -31,7 +31,7 @@ EXPERIMENT = Experiment(
         Suite(MNIST(), (Static(BLeNet()), BLeNet())),
         Suite(CIFAR10(), (Static(BAlexNet()), BAlexNet())),
     ),
-    recipe=Recipe(epochs=20, batch=128, lr=1e-3, weight_decay=1e-4, start="static", precision="bf16"),
+    recipe=branchy_recipe(),
     backends=(
         Float32(),
         OnnxRuntime(of=Float32()),

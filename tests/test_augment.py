@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Generator, Tensor
 
-from anytime.augment import affine, compose, crop, flip, warp
+from anytime.augment import affine, compose, crop, cutout, flip, warp
 from anytime.dataset import Augment
 
 ALL: dict[str, Augment] = {
     "crop": crop,
     "flip": flip,
+    "cutout": partial(cutout, side=4),
     "affine": partial(affine, shear=5.0),
     "compose": compose(partial(crop, padding=2), flip),
 }
@@ -79,6 +80,17 @@ def test_crop_is_a_window_of_the_padded_image() -> None:
         assert len(found) == 1
         places.add(found[0])
     assert {i for i, _ in places} == {j for _, j in places} == set(range(5)), "each shift from -2 to 2 is drawn on each axis"
+
+
+def test_cutout_paints_one_square_that_may_be_cut_off() -> None:
+    x = torch.ones(400, 3, 12, 10)
+    painted = (cutout(x, seeded(), 4) == 0).float()
+    assert torch.equal(painted[:, :1].expand_as(painted), painted), "all channels alike"
+    rows, columns = painted[:, 0].amax(2).sum(1), painted[:, 0].amax(1).sum(1)
+    assert torch.equal(painted[:, 0].sum((1, 2)), rows * columns), "a rectangle"
+    # the centre is any of 12 rows: 4 pixels high, but 2 or 3 where its top is cut off and 3 where its end is
+    assert set(rows.tolist()) == {2.0, 3.0, 4.0} == set(columns.tolist())
+    assert float((rows == 4).float().mean()) == pytest.approx(9 / 12, abs=0.1)
 
 
 def test_crop_without_padding_changes_nothing() -> None:

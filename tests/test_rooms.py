@@ -15,7 +15,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "gather": "record", "rows": "metrics record gather", "figures": "metrics record", "report": "metrics record rows figures",
     "model": "spec", "dataset": "spec metrics", "policy": "spec metrics stops",
     "losses": "spec model",
-    "train": "spec model dataset losses osgd",
+    "train": "spec model dataset augment losses osgd",
     "quant": "model metrics layers",
     "backend": "spec metrics model dataset train quant",
     "onnx_net": "metrics model quant backend", "peer": "spec model backend",

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from anytime.errors import Unsupported
+from anytime.errors import Unsupported, UsageError, near
 from anytime.model import AnytimeModel
 from anytime.quant.bits import Bits, Target
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, QuantizedLayer
@@ -61,11 +61,16 @@ class Placement:
     once. None between a layer and the BatchNorm and ReLU fused to it, on what only moves values, on logits.
     For "s8s8" TensorRT's fusions too: of an addition only the skip side is rounded, so that the other convolution takes
     the addition in; sums of sums stay in float; what is concatenated shares one grid.
-    ``sources``: layer path -> the quantizer of the tensor that it multiplies.
+    ``sources``: layer path -> the quantizer of the tensor that it multiplies. UsageError for widths or exclusions of a
+    layer that is not there.
     Source: ``reference/quantization.md`` section c; NVIDIA TensorRT documentation, "Explicit quantization", "Q/DQ placement".
     """
 
     def __init__(self, model: AnytimeModel, widths: Widths, target: Target, exclusions: tuple[str, ...]) -> None:
+        names = [f"{path}.{n.target if n.op == 'call_module' else n.name}" for path, g in links(model) for n in g.graph.nodes]
+        for name in (*widths.layers, *exclusions):
+            if name not in names:
+                raise UsageError(f"this network has no layer {name!r}; {near(name, names)}")
         self.widths, self.target, self.exclusions = widths, target, exclusions
         self.sources: dict[str, FakeQuant] = {}
         self._wishes: dict[FakeQuant, list[int]] = {}  # bits that the readers of a tensor want
@@ -105,7 +110,7 @@ class Placement:
                 held[node] = state
                 if state is None:
                     put_after(node)
-            elif node.op == "get_attr":
+            elif node.op == "get_attr" or asks_shape(node):
                 held[node] = None
             elif node.op == "output":
                 continue
@@ -150,8 +155,10 @@ class Placement:
             return head
         if len(node.users) != 1:
             return False
-        user = next(iter(node.users))
-        if is_relu(g, user) or conv_before(g, user) is node:
+        user = reader = next(iter(node.users))
+        while isinstance(module_of(g, reader), nn.Dropout) and len(reader.users) == 1:
+            reader = next(iter(reader.users))
+        if is_relu(g, reader) or conv_before(g, reader) is node:
             return True
         return self.target == "s8s8" and is_add(user) and (is_add(node) or _main_branch(g, node, user))
 
@@ -238,6 +245,11 @@ def _main_branch(g: fx.GraphModule, node: fx.Node, add: fx.Node) -> bool:
 def _behind(g: fx.GraphModule, node: fx.Node) -> Any:
     """What a quantizer stands on."""
     return node.args[0] if isinstance(module_of(g, node), FakeQuant) else node
+
+
+def asks_shape(node: fx.Node) -> bool:
+    """Whether a node reads a tensor's shape, not its values."""
+    return (node.op == "call_method" and node.target in ("size", "dim")) or node.target is getattr
 
 
 def uncovered(model: AnytimeModel, sources: Mapping[str, FakeQuant]) -> Iterator[tuple[str, str]]:
