@@ -22,6 +22,7 @@ from anytime.quant.bits import BitMap as BitMap
 from anytime.quant.bits import Bits as Bits
 from anytime.quant.bits import Target as Target
 from anytime.quant.graph import Quantized, Widths
+from anytime.quant.place import tensorrt_exclusions
 from anytime.quant.ranges import Observer
 from anytime.spec import Spec
 from anytime.train import Trainer
@@ -166,7 +167,7 @@ class IntegerBackend(Backend, ABC):
     Weights per output channel and symmetric; activations per tensor, affine unsigned ("u8s8") or symmetric signed
     ("s8s8"). ``edge_bits``: the first layer and each head's last one. ``add_bits``: tensors that an addition or a pooling
     reads too (0: as ``activation_bits``). ``keep_float``: layers left out, by path; any other layer that cannot be
-    quantized raises Unsupported.
+    quantized raises Unsupported. For "s8s8" TensorRT's own exclusions are left out too, and listed.
     """
 
     method: ClassVar[str]  # "PTQ", "QAT"
@@ -189,3 +190,7 @@ class IntegerBackend(Backend, ABC):
     def widths(self) -> Widths:
         """The bits that it asks for."""
         return Widths(self.weight_bits, self.activation_bits, self.edge_bits, self.add_bits)
+
+    def exclusions(self, chain: AnytimeModel, target: Target) -> tuple[str, ...]:
+        """Layers of a traced chain left in float: ``keep_float``, and for "s8s8" what TensorRT runs faster so."""
+        return tuple(dict.fromkeys((*self.keep_float, *(tensorrt_exclusions(chain) if target == "s8s8" else ()))))

@@ -106,4 +106,4 @@ def test_suites_that_cannot_be_meant_are_refused():
 
 def test_a_recipe_of_another_is_overridden_by_its_place():
     exp = experiment("exit_or_smaller", ["suites.*.others.*.1.epochs=1"])
-    assert exp.suites[0].others[0][1].epochs == 1 and exp.recipe.epochs == 40
+    assert exp.suites[0].others[0][1].epochs == 1 and exp.recipe.epochs == 75

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from anytime.backends.ptq import PTQ
+from anytime.dataset import Part
 from anytime.errors import Unsupported, UsageError
 from anytime.layers import BasicBlock
 from anytime.model import AnytimeModel
@@ -16,6 +18,7 @@ from anytime.models.sdn import SDN
 from anytime.quant.bits import Bits
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, Settled, per_channel
 from anytime.quant.graph import Widths, prepared, quantized, traced
+from anytime.quant.place import tensorrt_exclusions
 from anytime.quant.trace import module_of
 from tests.worlds import Restarting, Tiny, data
 
@@ -438,3 +441,28 @@ def test_a_stage_that_nobody_reaches_cannot_be_calibrated():
     seen = net.observe(torch.ones(3, 1), torch.zeros(3, dtype=torch.long))
     with pytest.raises(Unsupported, match="never seen"):
         net.calibrate(seen, "minmax", "minmax")
+
+
+def test_tensorrt_leaves_out_what_model_optimizer_does():
+    def conv(c_in, c_out, kernel=3, groups=1):
+        return nn.Conv2d(c_in, c_out, kernel, groups=groups)
+
+    stage = nn.Sequential(
+        conv(3, 8),  # reads the input, 8 out: in
+        conv(8, 8),  # fewer than 16 on both sides: out
+        conv(8, 16),  # 8 in, 16 out, square: in
+        conv(16, 16, (1, 3)),  # 16 on both sides: in
+        conv(16, 12, (1, 3)),  # not square: out
+        conv(12, 16, 1),  # 16 out, a multiple of 8 on one side: in
+        conv(16, 16, 3, 16),  # depthwise, 16 out: in
+        conv(16, 16, 1, 16),  # depthwise 1x1: out
+        conv(16, 10, 1),  # in, by 16 in
+    )
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4))
+    chain = traced(AnytimeModel([stage], [head]))
+    assert tensorrt_exclusions(chain) == ("stages.0.1", "stages.0.4", "stages.0.7", "heads.0.2")
+    assert PTQ(keep_float=("stages.0.0",)).exclusions(chain, "s8s8")[0] == "stages.0.0" and not PTQ().exclusions(chain, "u8s8")
+    net = PTQ().compress(
+        AnytimeModel([stage], [head]), Part(torch.randn(8, 3, 24, 24), torch.arange(8) % 4, "calib", "d"), None, "s8s8"
+    )
+    assert "heads.0.2" in net.facts["exclusions"] and "heads.0.2" not in net.bits and "stages.0.0" in net.bits

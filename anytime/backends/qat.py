@@ -15,6 +15,7 @@ from anytime.losses import FromTeacher
 from anytime.model import AnytimeModel
 from anytime.quant.graph import prepared
 from anytime.quant.learned import Method, learn
+from anytime.quant.trace import traced
 from anytime.spec import key
 from anytime.train import TUNE_LR_SCALE, Trainer
 
@@ -51,9 +52,8 @@ class QAT(IntegerBackend):
         return super().column if self.learns == "ste" else f"{super().column} ({_NAMES[self.learns]})"
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
-        net = prepared(
-            model, calib.x, self.widths, target, self.observer, self.weight_observer, self.keep_float, fold_bn=self.fold_bn
-        )
+        left_out = self.exclusions(traced(model), target)
+        net = prepared(model, calib.x, self.widths, target, self.observer, self.weight_observer, left_out, self.fold_bn)
         learn(net, self.learns)
         student = _Taught(net.model, model) if self.teach else net.model
         trainer.fit(

@@ -207,6 +207,35 @@ class Placement:
             self.sources[full] = g.get_submodule(own[read, bits])  # type: ignore[assignment]
 
 
+def tensorrt_exclusions(model: AnytimeModel) -> tuple[str, ...]:
+    """Layers of a traced chain that are faster in TensorRT left out of INT8, by path.
+
+    Every linear layer (at batch 1 a matrix times a vector, which Tensor Cores cannot help), and convolutions of fewer than 16
+    channels in or out, but for these: square ones with a multiple of 8 channels on one side that have 16 or more on one side or
+    read the input; grouped ones with a multiple of 8 channels out and kernels from 3x3 on.
+    Source: NVIDIA Model Optimizer 0.47, modelopt/onnx/quantization/graph_utils.py, its rules for INT8.
+    """
+    out = []
+    for path, g in links(model):
+        for node in g.graph.nodes:
+            layer = module_of(g, node)
+            if isinstance(layer, nn.Linear):
+                out.append(f"{path}.{node.target}")
+            elif isinstance(layer, nn.Conv2d):
+                made, read = layer.weight.shape[:2]
+                of_input = (
+                    path.startswith("stages.") and (path == "stages.0" or model.restarts) and node.args[0].op == "placeholder"
+                )
+                square = layer.groups == 1 and len(set(layer.kernel_size)) == 1
+                if min(made, read) >= 16 or (
+                    (square and (made % 8 == 0 or read % 8 == 0) and (of_input or max(made, read) >= 16))
+                    or (layer.groups > 1 and made % 8 == 0 and min(layer.kernel_size) >= 3)
+                ):
+                    continue
+                out.append(f"{path}.{node.target}")
+    return tuple(out)
+
+
 def _first_layer(model: AnytimeModel, k: int) -> str:
     layers = _layers(model.stages[k])
     return f"stages.{k}.{layers[0]}" if layers else ""
