@@ -19,7 +19,7 @@ from anytime.quant.graph import Quantized
 IMAGES_DB = 20.0  # what first_bad takes for the signal to noise of what the first layer reads
 
 
-def layer_sqnr(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, batch: int = 128) -> dict[str, float]:
+def layer_sqnr(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, batch: int = 64) -> dict[str, float]:
     """Signal to quantization noise of every layer's output in dB over x [N, C, H, W], in the order in which layers run.
 
     10 log10(E[z^2] / E[(z_hat - z)^2]); z from the float chain ``model``, z_hat from the rounded one, each on its own path.
@@ -42,7 +42,7 @@ def layer_sqnr(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, ba
         noise[path] = noise.get(path, 0.0) + float((z_hat - z).square().sum(dtype=torch.float64))
 
     with torch.no_grad(), _shown(model, keep), _shown(rounded, compare):
-        for part in torch.split(x, batch):
+        for part in _batches(x, batch):
             model(part)
             rounded(part)
     return {path: _decibels(signal[path], noise[path]) for path in signal}
@@ -105,7 +105,7 @@ def fallen(reference: Floats, logits: Floats, labels: Ints) -> list[Fall]:
     return falls
 
 
-def check_collapse(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, y: Tensor, batch: int = 256) -> None:
+def check_collapse(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, y: Tensor, batch: int = 64) -> None:
     """Collapsed, with the first bad layer on its path, when an exit of the rounded chain is at chance and in float is not.
 
     x [N, C, H, W], y [N] labels; see ``fallen`` and ``first_bad``. Unsupported without samples.
@@ -113,7 +113,7 @@ def check_collapse(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor
     rounded = net.model if isinstance(net, Quantized) else net
     _need(len(x))
     with torch.no_grad():
-        reference, logits = (torch.cat([chain(part) for part in torch.split(x, batch)], 1).numpy() for chain in (model, rounded))
+        reference, logits = (torch.cat([chain(part) for part in _batches(x, batch)], 1).numpy() for chain in (model, rounded))
     falls = fallen(reference, logits, y.numpy())
     if not falls:
         return
@@ -125,6 +125,11 @@ def check_collapse(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor
         f"(chance {chance:.1%}); the first bad layer is {bad} ({sqnr[bad]:.1f} dB): give it more bits, another observer, or "
         "leave it in float"
     )
+
+
+def _batches(x: Tensor, batch: int) -> Iterator[Tensor]:
+    for part in torch.split(x, batch):
+        yield part.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else part
 
 
 def _need(n: int) -> None:

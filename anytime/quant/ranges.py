@@ -12,8 +12,10 @@ from anytime.errors import Unsupported
 from anytime.metrics import Floats
 
 Observer = Literal["minmax", "moving", "percentile", "mse", "entropy"]
+NEEDS_VALUES = ("percentile", "mse", "entropy")  # the others only ask for extremes
 BINS = 2048  # TensorRT's
 MOVING_BATCH, MOVING_SHARE = 32, 0.1  # "moving": how many samples make a batch, and what share of the average a new one takes
+MANY = 1 << 18  # values of a batch from which on a histogram takes a part of them
 TINY = 1e-30  # a range under this is nothing but zeros: its step would not be a normal float32
 
 
@@ -40,7 +42,8 @@ class Histogram:
 
     def see_extremes(self, x: Tensor) -> None:
         """First pass. Unsupported on NaN or infinity."""
-        lows, highs = torch.aminmax(x.detach().float().reshape(len(x), -1), dim=1)
+        rows = _in_memory_order(x).reshape(len(x), -1)
+        lows, highs = rows.amin(1), rows.amax(1)  # eight times as fast as aminmax along a dimension
         low, high = float(lows.min()), float(highs.max())
         if not (np.isfinite(low) and np.isfinite(high)):
             raise Unsupported(
@@ -53,8 +56,9 @@ class Histogram:
             self.moving = (old[0] + MOVING_SHARE * (new[0] - old[0]), old[1] + MOVING_SHARE * (new[1] - old[1]))
 
     def see_values(self, x: Tensor) -> None:
-        """Second pass."""
-        x = x.detach().float().flatten()
+        """Second pass; of a large tensor every 11th value, which no layout repeats with."""
+        x = _in_memory_order(x).reshape(-1)
+        x = x[::11] if len(x) > MANY else x
         if self.high > self.low:
             self.counts += torch.histc(x, BINS, self.low, self.high).numpy()
         if self.low == 0:
@@ -72,6 +76,12 @@ class Histogram:
         """Middle of each bin of ``counts``."""
         edges = np.linspace(self.low, self.high, BINS + 1)
         return np.asarray((edges[:-1] + edges[1:]) / 2)
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """float32, dimensions after the first permuted so that they lie in memory one after another."""
+    x = x.detach().float()
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x
 
 
 def affine(low: float, high: float, bits: int) -> Grid:

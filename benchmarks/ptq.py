@@ -1,0 +1,61 @@
+"""How long does post-training quantization to 8 bits take, ours and ONNX Runtime's quantize_static, on the same images?
+
+    python benchmarks/ptq.py [rounds]
+
+ResNet-20 as it is built, 1,024 calibration images of CIFAR-10's shape, 2 threads, all forms in turn; from the float network in
+torch to the first answer of the INT8 session: calibration, rounding, graph, session, and quantize_static's pre-processing.
+Ours also looks for collapse and measures every layer's noise in that time. Medians, and ratios to quantize_static.
+"""
+
+import statistics
+import sys
+import time
+import warnings
+
+import torch
+
+from anytime.backends.nncf import NNCF
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.backends.ort_quantizer import OrtQuantizer
+from anytime.backends.ptq import PTQ
+from anytime.dataset import Part
+from anytime.models.resnet import ResNet20
+from anytime.train import Recipe, Trainer
+
+
+def main() -> None:
+    """Time all in turn and print a table."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    model = ResNet20().build((3, 32, 32), 10).train()
+    x = torch.randn(1024, 3, 32, 32)
+    with torch.no_grad():  # BatchNorm statistics of these images, so that activations have a trained network's size
+        for part in x.split(128):
+            model(part)
+    model.eval()
+    calib = Part(x, torch.randint(10, (1024,)), "calib", "random")
+    backends = {
+        "quantize_static, its defaults": OrtQuantizer(),
+        "ours, min-max": OnnxRuntime(of=PTQ(observer="minmax", weight_observer="minmax")),
+        "ours, its defaults (MSE)": OnnxRuntime(of=PTQ()),
+        "NNCF, its defaults": NNCF(),
+    }
+    backends = {name: backend for name, backend in backends.items() if backend.why_not() is None}
+    times: dict[str, list[float]] = {name: [] for name in backends}
+    for turn in range(rounds + 1):
+        for name, backend in backends.items():
+            started = time.perf_counter()
+            net = backend.compress(model, calib, Trainer(Recipe(), calib, 0))
+            net.open(2)
+            net.step(net.plan([0])[0], net.start(x[:1].numpy()))
+            if turn:  # the first one warms up
+                times[name].append(time.perf_counter() - started)
+    base = statistics.median(times["quantize_static, its defaults"])
+    for name, each in times.items():
+        print(f"{name:30} {statistics.median(each):5.2f} s, {statistics.median(each) / base:.2f} of quantize_static")
+
+
+if __name__ == "__main__":
+    main()
