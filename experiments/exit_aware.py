@@ -1,0 +1,40 @@
+"""Does it pay to quantize an anytime network by what its exits do?
+
+    make exp EXP=exit_aware            (about 2 hours on 2 quiet cores; the float networks lie in results/zoo)
+
+Two ablations on SDN ResNet-56 and B-AlexNet under a max-probability policy at 0.6 of the network's cost. Exit-conditional
+calibration: every stage is calibrated, and its rounding learned, on the calibration images that reach it, against all of them on
+every stage; W4A8 and W4A4. Reach-weighted mixed precision: bits by an integer program that counts a layer's BOPs by how many
+samples reach it, and exits by how many leave there, against one that counts every layer and exit alike; both calibrated
+alike and allowed the same expected BOPs, those of W4A4. Policies are fitted on val after compression. It has not been run yet.
+"""
+
+from anytime.backends.float import Float32
+from anytime.backends.mixed import MixedPrecision
+from anytime.backends.ptq import PTQ
+from anytime.config import Experiment, Suite
+from anytime.datasets.cifar import CIFAR10
+from anytime.losses import Rising
+from anytime.models.branchynet import BAlexNet
+from anytime.models.sdn import SDN
+from anytime.policies.threshold import MaxProb
+from anytime.reach import Reach
+from experiments.common import branchy_recipe, cifar_recipe
+
+REACH = Reach(MaxProb(), 0.6)
+SHARE = 0.26  # of W8A8's expected BOPs: about W4A4's
+
+EXPERIMENT = Experiment(
+    name="exit_aware",
+    question="Does it pay to quantize an anytime network by what its exits do?",
+    suites=(Suite(CIFAR10(), (SDN("resnet56"),), others=((BAlexNet(), branchy_recipe()),)),),
+    recipe=cifar_recipe(Rising()),
+    backends=(
+        Float32(),
+        *(PTQ(4, a, add_bits=8, reach=reach) for a in (8, 4) for reach in (None, REACH)),
+        *(PTQ(4, 4, add_bits=8, rounding="qdrop", reach=reach) for reach in (None, REACH)),
+        *(MixedPrecision(reach=REACH, bops=SHARE, weigh=weigh) for weigh in (False, True)),
+    ),
+    policies=(MaxProb(),),
+    budgets=(0.4, 0.6, 0.8),
+)

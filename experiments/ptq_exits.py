@@ -1,0 +1,46 @@
+"""What do few bits without training do to every exit of an anytime network?
+
+    make exp EXP=ptq_exits             (about 2 hours on 2 quiet cores; the float networks lie in results/zoo)
+
+SDN on ResNet-56, B-AlexNet and SparseResNet from the zoo: W8A8 to nearest (executed by ONNX Runtime), W4A8 and W4A4 to nearest and by
+QDrop with 2,000 iterations a unit, whose last unit of every stage learns together with the head that it feeds. Every exit and a
+max-probability policy; one calibration set, one training seed. It has not been run yet.
+"""
+
+from anytime.backends.float import Float32
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.backends.ptq import PTQ
+from anytime.boards.host import Host
+from anytime.config import Experiment, Suite
+from anytime.datasets.cifar import CIFAR10
+from anytime.losses import Joint, Rising
+from anytime.models.branchynet import BAlexNet
+from anytime.models.sdn import SDN
+from anytime.models.sparse_resnet import SparseResNet
+from anytime.models.static import Static
+from anytime.policies.threshold import MaxProb
+from experiments.common import branchy_recipe, cifar_recipe
+
+EXPERIMENT = Experiment(
+    name="ptq_exits",
+    question="What do few bits without training do to every exit of an anytime network?",
+    suites=(
+        Suite(
+            CIFAR10(),
+            (Static(SDN("resnet56")), SDN("resnet56")),
+            others=((BAlexNet(), branchy_recipe()), (SparseResNet(), cifar_recipe(Joint()))),
+        ),
+    ),
+    recipe=cifar_recipe(Rising()),
+    backends=(
+        Float32(),
+        OnnxRuntime(of=PTQ(8, 8)),
+        PTQ(4, 8),
+        PTQ(4, 8, rounding="qdrop"),
+        PTQ(4, 4, add_bits=8),
+        PTQ(4, 4, rounding="qdrop", add_bits=8),
+    ),
+    policies=(MaxProb(),),
+    budgets=(0.25, 0.5, 0.75, 1.0),
+    boards=(Host(),),
+)
