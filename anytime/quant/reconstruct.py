@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from operator import attrgetter, getitem
 from time import perf_counter
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from anytime.errors import Diverged, Unsupported, UsageError
 from anytime.model import AnytimeModel
-from anytime.quant.fake import ActivationLearner, FakeQuant, QuantizedLayer, Settled, WeightLearner, per_channel
+from anytime.quant.fake import ActivationLearner, FakeQuant, QuantizedLayer, Settled, WeightLearner, on_grid, per_channel
 from anytime.quant.graph import Quantized
 from anytime.quant.ranges import Grid
 from anytime.quant.trace import is_relu, links, module_of
@@ -35,11 +35,12 @@ class Reconstruction:
     """How rounding is learned.
 
     ``unit`` "layer" with ``drop`` 0 is AdaRound, "block" with 0 BRECQ, with 0.5 QDrop. ``drop``: the share of values that stay
-    in float, among a unit's inputs and behind its quantizers; it is kept to the nearest 256th. ``learn_steps``: the
-    steps of activations too. ``iterations``: of each unit. ``lr``: of the rounding, ``step_lr`` of the steps, both Adam's;
-    the latter falls as a cosine. ``penalty``: weight of what drives the rounding to 0 or 1.
-    Source: QDrop's published configuration. Deviation: it has 20,000 iterations at an ``lr`` of 1e-3; a tenth of them needs ten
-    times that (ResNet-20, W4A8, 300 iterations: the logits' squared error on val is 0.52, with 1e-3 it is 0.86).
+    in float, among a unit's inputs and behind its quantizers; it is kept to the nearest 256th. ``learn_steps``: the steps of
+    activations too, by Adam at ``step_lr``, which falls as a cosine. ``iterations``: of each unit. ``travel``: the rounding's
+    rate, Adam's too, times iterations: how far it can go. ``penalty``: weight of what drives the rounding to 0 or 1.
+    ``exit_weight``: what the error at an exit counts in the block that it reads (see reconstruct).
+    Source: QDrop's published configuration. Deviation: it has 20,000 iterations at 1e-3, which is the same travel; a tenth
+    of them at 1e-3 decides too little (ResNet-20, W4A8, 300 iterations: the logits' squared error on val is 0.86, at 1e-2 0.52).
     """
 
     unit: Literal["layer", "block"] = "block"
@@ -47,9 +48,10 @@ class Reconstruction:
     learn_steps: bool = True
     iterations: int = 2000
     batch: int = 32
-    lr: float = 1e-2
+    travel: float = 20.0
     step_lr: float = 4e-5
     penalty: float = 0.01
+    exit_weight: float = 0.1
 
     def __post_init__(self) -> None:
         if self.unit not in ("layer", "block"):
@@ -125,9 +127,7 @@ class DropStep(ActivationLearner):
 
     def forward(self, x: Tensor) -> Tensor:
         keep = kept(x, self.drop, self.generator) if self.training and self.drop else None
-        gain = 1 / math.sqrt(x[0].numel() * max(self.qmax, 1))
-        low, high = self.qmin - self.zero_point, self.qmax - self.zero_point
-        return _DropRound.apply(x, self.step, keep, low, high, gain)  # type: ignore[no-any-return, no-untyped-call]
+        return _DropRound.apply(x, self.step, keep, self.grid())  # type: ignore[no-any-return, no-untyped-call]
 
     def grid(self) -> Grid:
         return Grid(float(self.step.detach()), self.zero_point, self.qmin, self.qmax)
@@ -141,23 +141,26 @@ class _DropRound(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, keep: Tensor | None, low: int, high: int, gain: float) -> Tensor:
-        # torch.fake_quantize_* gives the very same numbers, 14 times slower on a CPU.
-        out = x.mul(step.reciprocal()).round_().clamp_(low, high).mul_(step)
+    def forward(ctx: Any, x: Tensor, step: Tensor, keep: Tensor | None, grid: Grid) -> Tensor:
+        out = on_grid(x, grid)
         if keep is not None:
             torch.lerp(x, out, keep, out=out)
-        ctx.save_for_backward(x, step, keep, out)
-        ctx.low, ctx.high, ctx.gain = low * float(step), high * float(step), gain
+        ctx.save_for_backward(x, keep, out)
+        ctx.grid = grid
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, step, keep, out = ctx.saved_tensors
-        dx = torch.ops.aten.hardtanh_backward(g, x, ctx.low, ctx.high)
+        (x, keep, out), grid = ctx.saved_tensors, ctx.grid
+        low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+        dx = torch.ops.aten.hardtanh_backward(g, x, low * grid.scale, high * grid.scale)
         if keep is not None:
             torch.lerp(g, dx, keep, out=dx)
-        dstep = (_flat(g).dot(_flat(out)) - _flat(dx).dot(_flat(x))) / step * ctx.gain if ctx.needs_input_grad[1] else None
-        return dx, dstep, None, None, None, None
+        dstep = None
+        if ctx.needs_input_grad[1]:
+            gain = 1 / math.sqrt(x[0].numel() * max(grid.qmax, 1))
+            dstep = (_flat(g).dot(_flat(out)) - _flat(dx).dot(_flat(x))) * (gain / grid.scale)
+        return dx, dstep, None, None
 
 
 def kept(like: Tensor, drop: float, generator: torch.Generator) -> Tensor:
@@ -182,15 +185,21 @@ class Op(NamedTuple):
 class Unit(NamedTuple):
     """Ops that follow one another; without ``layers`` there is nothing to learn in them.
 
-    ``gives``: those of its values that are read later, by the next stage too. ``logits``: its head's, where it has a head.
+    ``gives``: those of its values that are read later, by the next stage too. ``exit``: the ops of the head that reads what
+    it gives, and ``logits`` theirs: they count in its loss, in float.
     """
 
-    name: str
     ops: tuple[Op, ...]
     layers: tuple[str, ...]
     reads: tuple[fx.Node, ...]
     gives: tuple[fx.Node, ...]
-    logits: fx.Node | None
+    exit: tuple[Op, ...] = ()
+    logits: fx.Node | None = None
+
+    @property
+    def name(self) -> str:
+        """stages.0.layer3.2: what the names of its layers have in common."""
+        return ".".join(p[0] for p in zip(*(layer.split(".") for layer in self.layers), strict=False) if len(set(p)) == 1)
 
 
 class Stage(NamedTuple):
@@ -200,13 +209,13 @@ class Stage(NamedTuple):
     state: frozenset[fx.Node]
 
 
-def partition(net: Quantized, model: AnytimeModel, unit: Literal["layer", "block"]) -> tuple[fx.Node, list[Stage]]:
+def partition(net: Quantized, model: AnytimeModel, how: Reconstruction) -> tuple[fx.Node, list[Stage]]:
     """The name of the chain's input, and every stage's units; ``model`` is the traced float chain that ``net`` was made of.
 
     "layer": each layer by itself, with its ReLU and the quantizer behind them. "block": a link is cut wherever everything
     goes through one tensor, and what has no layer belongs to the layer before it: a residual block is one unit. A piece of
     more than six layers between two cuts (dense connections, states of several tensors) is learned layer by layer, each
-    with what leads to it. The last unit of a stage holds the head that reads the stage.
+    with what leads to it. A head's units follow those of its stage, whose last one knows the head.
     """
     plain = dict(links(model))
     alias: dict[fx.Node, Any] = {}
@@ -223,12 +232,14 @@ def partition(net: Quantized, model: AnytimeModel, unit: Literal["layer", "block
             body, state = ops, result
             continue
         leaves = frozenset(_nodes(state))
-        if unit == "layer":
-            runs = _layerwise([*body, *ops], leaves, alone=True)
+        if how.unit == "layer":
+            units = _units(_layerwise([*body, *ops], leaves, alone=True), {*leaves, result})
         else:
-            runs = _blocks(body, leaves)
-            runs[-1] += ops
-        found.append(Stage(_units(runs, leaves, result), leaves))
+            units = _units([*_blocks(body, leaves), *_blocks(ops, {result})], {*leaves, result})
+            last = max((i for i, u in enumerate(units) if u.ops[0].node.graph is not link.graph), default=None)
+            if last is not None and how.exit_weight:
+                units[last] = _with_exit(units[last], ops, result)
+        found.append(Stage(tuple(units), leaves))
     return entry, found
 
 
@@ -272,7 +283,7 @@ def _nodes(value: Any) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _blocks(ops: list[Op], state: frozenset[fx.Node]) -> list[list[Op]]:
+def _blocks(ops: list[Op], state: Set[fx.Node]) -> list[list[Op]]:
     """Ops cut where one tensor is all that is read later, every run with a layer or more."""
     last = {n: i for i, op in enumerate(ops) for n in op.reads} | dict.fromkeys(state, len(ops))
     unpacked = {n for op in ops if op.node.target is getitem for n in op.reads}  # a tuple, perhaps
@@ -290,7 +301,7 @@ def _blocks(ops: list[Op], state: frozenset[fx.Node]) -> list[list[Op]]:
     return [r for run in runs for r in ([run] if _n_layers(run) <= MOST_LAYERS else _layerwise(run, state, alone=False))]
 
 
-def _layerwise(ops: list[Op], state: frozenset[fx.Node], alone: bool) -> list[list[Op]]:
+def _layerwise(ops: list[Op], state: Set[fx.Node], alone: bool) -> list[list[Op]]:
     """Ops cut behind each layer, its ReLU and their quantizer; ``alone``: before it too."""
     readers: dict[fx.Node, list[Op]] = {}
     for op in ops:
@@ -326,28 +337,21 @@ def _n_layers(ops: Iterable[Op]) -> int:
     return sum(bool(op.layer) for op in ops)
 
 
-def _units(runs: list[list[Op]], state: frozenset[fx.Node], logits: fx.Node) -> tuple[Unit, ...]:
-    later: set[fx.Node] = {*state, logits}
+def _units(runs: list[list[Op]], later: Set[fx.Node]) -> list[Unit]:
     units: list[Unit] = []
-    for run in reversed(runs):
+    for run in reversed([r for r in runs if r]):
         own = [op.node for op in run]
         reads = dict.fromkeys(n for op in run for n in op.reads if n not in own)
         layers = tuple(op.layer for op in run if op.layer)
-        gives = tuple(n for n in own if n in later)
-        units.append(Unit(_name(layers), tuple(run), layers, tuple(reads), gives, logits if logits in own else None))
-        later |= reads.keys()
-    return tuple(reversed(units))
+        units.append(Unit(tuple(run), layers, tuple(reads), tuple(n for n in own if n in later)))
+        later = later | reads.keys()
+    return units[::-1]
 
 
-def _name(layers: Sequence[str]) -> str:
-    """stages.0.layer3.2 + heads.0: what the names of its layers have in common, link by link."""
-    names = []
-    for kind in ("stages", "heads"):
-        paths = [p.split(".") for p in layers if p.startswith(kind)]
-        if paths:
-            same = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-            names.append(".".join(same))
-    return " + ".join(names)
+def _with_exit(unit: Unit, head: list[Op], logits: fx.Node) -> Unit:
+    own = {op.node for op in (*unit.ops, *head)}
+    reads = dict.fromkeys((*unit.reads, *(n for op in head for n in op.reads if n not in own)))
+    return unit._replace(reads=tuple(reads), exit=tuple(head), logits=logits)
 
 
 def reconstruct(
@@ -367,10 +371,13 @@ def reconstruct(
     is the squared error summed over channels, the mean over everything else (BRECQ's), plus ``penalty`` times
     AdaRoundWeight.undecided. Deterministic for a seed, a machine and a number of threads; draws from no generator but its own.
 
-    The unit that ends a stage has two errors, at the stage's output and at the logits of its head, whose layers learn in it.
-    The latter is weighed so that equal relative errors count the same: by the targets' mean square (summed over channels,
-    the mean over the rest) at the output over that at the logits. This joint form is this project's. With unit "layer" there
-    is none: every layer learns by itself.
+    The unit that ends a stage is learned with the head that reads it: to the error at the stage's output is added that of
+    the logits which the float head makes of it, weighed so that equal relative errors count 1 : ``exit_weight``, that is, by
+    it times the targets' mean square at the output over that at the logits, both summed over channels. Then the head's own
+    units learn, on what is rounded before them. This form is this project's. Squared errors at SDN ResNet-20's first exit on
+    val (W4A4, sums at 8 bits, 1,000 iterations), at the stage's output and at the logits: 0.226 and 0.038 with weight 0,
+    0.234 and 0.035 with 0.1, 0.269 and 0.043 with 1; 0.270 and 0.045 when block and head learn at once, with weight 1: 32 x 10
+    logits tell thousands of roundings little but noise. Unit "layer" knows no such thing.
     Source: Nagel et al., ICML 2020, arXiv:2004.10568 (AdaRound); Li, Gong, Tan et al., ICLR 2021, arXiv:2102.05426 (BRECQ,
     section 3); Wei et al., ICLR 2022, arXiv:2203.05740 (QDrop); facts from the code of BRECQ, QDrop and MQBench. Deviations:
     plain squared error, not weighed by the Fisher information, as in all three codes' defaults; a unit's output is compared
@@ -382,7 +389,7 @@ def reconstruct(
     if len(x) == 0:
         raise Unsupported("reconstruction has no samples: give the data set a calib part")
     net.model.eval()
-    entry, plan = partition(net, model, how.unit)
+    entry, plan = partition(net, model, how)
     generator = torch.Generator().manual_seed(seed)
     settled: set[nn.Module] = set()
     report: list[Learned] = []
@@ -405,7 +412,7 @@ def reconstruct(
             start = perf_counter()
             targets, given = _sweep(unit, floats, rounds=False), _sweep(unit, rounded, rounds=True)
             if unit.layers:
-                weigh = _weights(unit, targets)
+                weigh = _weights(unit, targets, how.exit_weight)
                 before = float(_loss(given, targets, weigh))
                 _learn(unit, (rounded, floats, targets), weigh, how, generator, settled, tell)
                 given = _sweep(unit, rounded, rounds=True)
@@ -436,7 +443,7 @@ def _learn(
             m.learner = AdaRoundWeight(m)
             weights.append(m.learner)
     params = [*(w.v for w in weights), *steps]
-    groups = [{"params": params[: len(weights)], "lr": how.lr}, {"params": steps, "lr": how.step_lr}]
+    groups = [{"params": params[: len(weights)], "lr": how.travel / max(how.iterations, 1)}, {"params": steps, "lr": how.step_lr}]
     optimizer = torch.optim.Adam(groups, fused=True)
     n = len(targets[unit.gives[0]])
     for i in range(how.iterations if params else 0):
@@ -447,7 +454,7 @@ def _learn(
             if how.drop and rounded[node] is not floats[node]:
                 keep = kept(values[node], how.drop, generator)
                 values[node] = torch.lerp(_take(floats[node], rows), values[node], keep)
-        _run(unit.ops, values, rounds=True)
+        _run(unit, values, rounds=True)
         loss = _loss(values, {node: _take(t, rows) for node, t in targets.items()}, weigh)
         late = (i / how.iterations - WARM_UP) / (1 - WARM_UP)
         if late >= 0:
@@ -465,13 +472,12 @@ def _learn(
     settled.update(modules)
 
 
-def _weights(unit: Unit, targets: Values) -> dict[fx.Node, float]:
+def _weights(unit: Unit, targets: Values, exit_weight: float) -> dict[fx.Node, float]:
     """What the error at each of its outputs counts."""
     power = {n: float(t.square().mean()) * _channels(t) for n, t in targets.items()}
-    weigh = dict.fromkeys(targets, 1.0)
-    if unit.logits is not None and len(targets) > 1:
-        at_output = sum(p for n, p in power.items() if n is not unit.logits)
-        weigh[unit.logits] = at_output / max(power[unit.logits], SMALLEST)
+    weigh = dict.fromkeys(unit.gives, 1.0)
+    if unit.logits is not None:
+        weigh[unit.logits] = exit_weight * sum(power[n] for n in unit.gives) / max(power[unit.logits], SMALLEST)
     return weigh
 
 
@@ -488,20 +494,22 @@ def _channels(t: Tensor) -> int:
     return t.shape[1] if t.ndim > 1 else 1
 
 
-def _run(ops: Sequence[Op], values: Values, rounds: bool) -> None:
-    """Compute ops from what ``values`` holds, and put there what they give."""
-    for op in ops:
-        args, kwargs = fx.node.map_arg((op.args, op.kwargs), values.__getitem__)
-        values[op.node] = (op.rounded if rounds else op.plain)(*args, **kwargs)
+def _run(unit: Unit, values: Values, rounds: bool) -> None:
+    """Compute what a unit gives from what it reads, and what its head makes of that."""
+    for ops, rounded in ((unit.ops, rounds), (unit.exit, False)):
+        for op in ops:
+            args, kwargs = fx.node.map_arg((op.args, op.kwargs), values.__getitem__)
+            values[op.node] = (op.rounded if rounded else op.plain)(*args, **kwargs)
 
 
 @torch.no_grad()
 def _sweep(unit: Unit, cache: Values, rounds: bool) -> Values:
-    """What a unit gives for all samples."""
-    parts: dict[fx.Node, list[Tensor]] = {n: [] for n in unit.gives}
+    """The same for all samples."""
+    wanted = unit.gives if unit.logits is None else (*unit.gives, unit.logits)
+    parts: dict[fx.Node, list[Tensor]] = {n: [] for n in wanted}
     for i in range(0, len(next(iter(cache.values()))), SWEEP):
         values = {n: cache[n][i : i + SWEEP] for n in unit.reads}
-        _run(unit.ops, values, rounds)
+        _run(unit, values, rounds)
         for n, part in parts.items():
             part.append(values[n])
     return {n: _channels_last(torch.cat(part)) for n, part in parts.items()}
