@@ -200,8 +200,8 @@ def test_a_residual_block_is_one_unit_and_the_last_knows_the_head(add):
     assert [u.name for u in found] == ["stages.0.conv1", *blocks, "heads.0.linear"]
     assert [len(u.layers) for u in found] == [1, *[2] * 9, 1]
     assert all(len(u.reads) == len(u.gives) == 1 for u in found)
-    assert [bool(u.exit) for u in found] == [False] * 9 + [True, False]
-    assert [op.layer for op in found[-2].exit if op.layer] == ["heads.0.linear"] and found[-2].logits is found[-1].gives[0]
+    assert [bool(u.head) for u in found] == [False] * 9 + [True, False]
+    assert [op.layer for op in found[-2].head if op.layer] == ["heads.0.linear"] and found[-2].logits is found[-1].gives[0]
 
 
 def test_the_units_of_a_chain_with_exits():
@@ -215,7 +215,7 @@ def test_the_units_of_a_chain_with_exits():
     assert [u.name for u in layers] == ["stages.1.0.a", "stages.1.0.b", "heads.1.0", "heads.1.4"]
     kinds = [[type(op.rounded).__name__ for op in u.ops] for u in layers]
     assert kinds[0] == ["QConv2d", "ReLU", "FakeQuant"] and kinds[3] == ["QLinear"]  # its ReLU, their quantizer, no more
-    assert not any(u.exit for u in layers)
+    assert not any(u.head for u in layers)
 
 
 @pytest.mark.parametrize("target", ["u8s8", "s8s8"])
@@ -232,7 +232,7 @@ def test_every_layer_is_learned_once_and_what_a_unit_reads_is_there(spec, shape,
         for u in stage:
             assert set(u.reads) <= there, u.name
             there |= set(u.gives)
-        assert sum(bool(u.exit) for u in stage) == (unit == "block")
+        assert sum(bool(u.head) for u in stage) == (unit == "block")
 
 
 # Learning ------------------------------------------------------------------------------------------------------

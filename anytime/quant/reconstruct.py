@@ -185,7 +185,7 @@ class Op(NamedTuple):
 class Unit(NamedTuple):
     """Ops that follow one another; without ``layers`` there is nothing to learn in them.
 
-    ``gives``: those of its values that are read later, by the next stage too. ``exit``: the ops of the head that reads what
+    ``gives``: those of its values that are read later, by the next stage too. ``head``: the ops of the head that reads what
     it gives, and ``logits`` theirs: they count in its loss, in float.
     """
 
@@ -193,7 +193,7 @@ class Unit(NamedTuple):
     layers: tuple[str, ...]
     reads: tuple[fx.Node, ...]
     gives: tuple[fx.Node, ...]
-    exit: tuple[Op, ...] = ()
+    head: tuple[Op, ...] = ()
     logits: fx.Node | None = None
 
     @property
@@ -351,7 +351,7 @@ def _units(runs: list[list[Op]], later: Set[fx.Node]) -> list[Unit]:
 def _with_exit(unit: Unit, head: list[Op], logits: fx.Node) -> Unit:
     own = {op.node for op in (*unit.ops, *head)}
     reads = dict.fromkeys((*unit.reads, *(n for op in head for n in op.reads if n not in own)))
-    return unit._replace(reads=tuple(reads), exit=tuple(head), logits=logits)
+    return unit._replace(reads=tuple(reads), head=tuple(head), logits=logits)
 
 
 def reconstruct(
@@ -496,7 +496,7 @@ def _channels(t: Tensor) -> int:
 
 def _run(unit: Unit, values: Values, rounds: bool) -> None:
     """Compute what a unit gives from what it reads, and what its head makes of that."""
-    for ops, rounded in ((unit.ops, rounds), (unit.exit, False)):
+    for ops, rounded in ((unit.ops, rounds), (unit.head, False)):
         for op in ops:
             args, kwargs = fx.node.map_arg((op.args, op.kwargs), values.__getitem__)
             values[op.node] = (op.rounded if rounded else op.plain)(*args, **kwargs)
