@@ -5,6 +5,7 @@ Every message is one sentence that says what is wrong, where, and what to do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -50,14 +51,18 @@ class Leak(AnytimeError):
 
 
 class Infeasible(AnytimeError):
-    """The budget lies under the cheapest path; ``least`` is the least possible budget, in its unit."""
+    """What is asked of a policy cannot be had.
 
-    def __init__(self, message: str, least: float) -> None:
+    ``least``: the least possible budget, in its unit, when the budget lies under it; ``best``: the best accuracy that
+    was found, a share, when a better one is wanted. The other is NaN.
+    """
+
+    def __init__(self, message: str, least: float = math.nan, best: float = math.nan) -> None:
         super().__init__(message)
-        self.least = least
+        self.least, self.best = least, best
 
-    def __reduce__(self) -> tuple[type, tuple[str, float]]:
-        return type(self), (str(self), self.least)
+    def __reduce__(self) -> tuple[type, tuple[str, float, float]]:
+        return type(self), (str(self), self.least, self.best)
 
 
 def near(name: str, names: Iterable[str]) -> str:

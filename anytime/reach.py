@@ -68,7 +68,7 @@ class Reach(Spec):
                 f"is {error.least / full:.4f} of the network's last exit",
                 error.least / full,
             ) from error
-        return _reached(policy.exits(logits), policy.uses(net.n_exits), net.n_exits, model.restarts, self.label)
+        return _reached(policy.leave(held), policy.uses(net.n_exits), net.n_exits, model.restarts, self.label)
 
     def of(self, model: AnytimeModel, part: Part) -> Ints:
         """The last stage that each sample of ``part`` enters [N]; errors as ``estimate``."""

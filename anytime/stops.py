@@ -10,15 +10,64 @@ import numpy as np
 
 def max_probability(logits: np.ndarray) -> np.ndarray:
     """Largest softmax probability [..., K] -> [...], in (0, 1]. High is confident."""
-    return np.asarray(1.0 / np.exp(_shifted(logits)).sum(-1))
+    return np.asarray(1.0 / np.add.reduce(np.exp(_shifted(logits)), -1))
+
+
+def tempered(logits: np.ndarray, temperatures: "tuple[float, ...]") -> np.ndarray:
+    """Logits [k+1, B, K] divided by the temperature of their exit [k+1]: what it says stays, how surely does not."""
+    return np.asarray(logits / np.array(temperatures, dtype=np.float64).reshape(-1, 1, 1))
 
 
 def entropy(logits: np.ndarray) -> np.ndarray:
     """Entropy of the softmax in nats [..., K] -> [...], in [0, log K]. Low is confident."""
     z = _shifted(logits)
     e = np.exp(z)
-    total = e.sum(-1)
-    return np.asarray(np.log(total) - (e * z).sum(-1) / total)
+    total = np.add.reduce(e, -1)
+    return np.asarray(np.log(total) - np.add.reduce(e * z, -1) / total)
+
+
+def margin(logits: np.ndarray) -> np.ndarray:
+    """Lead of the largest softmax probability over the second [..., K] -> [...], in [0, 1]. High is confident."""
+    e = np.exp(_shifted(logits))
+    total = np.add.reduce(e, -1)
+    e.partition(-2, -1)
+    return np.asarray((1.0 - e[..., -2]) / total)
+
+
+def most_confident(logits: np.ndarray) -> np.ndarray:
+    """Which of the exits [E, B, K] gives its class the largest probability [B]; of equals the first."""
+    return np.asarray(max_probability(logits).argmax(0))
+
+
+def ensemble(logits: np.ndarray, weights: np.ndarray, biases: np.ndarray) -> np.ndarray:
+    """Weighted geometric mean of what the exits that were read [k+1, B, K] say, as logits [B, K].
+
+    ``weights`` [E-1, E-1], row k for exit k, and ``biases`` [E-1, K]. The log of a softmax is its logits less one number a
+    sample, which the next softmax takes no notice of.
+    """
+    n = logits.shape[0]
+    z = np.ascontiguousarray(logits, dtype=np.float64)
+    return np.asarray(np.add.reduce(weights[n - 1, :n].reshape(-1, 1, 1) * z, 0) + biases[n - 1])
+
+
+def scheduled(logits: np.ndarray, classes: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """EENet's score of each exit that was read [k+1, B, K] -> [k+1, B], in [0, 1]. High is confident.
+
+    ``classes`` [E-1, K], row k for exit k, weigh its probabilities; ``features`` [E-1, E] the largest of them, 1 less their
+    entropy as a share of the largest possible, and the scores of the exits before.
+    """
+    n = logits.shape[0]
+    z = _shifted(logits)
+    e = np.exp(z)
+    total = np.add.reduce(e, -1)
+    # As in entropy(): 1 less its share.
+    sure = 1.0 - (np.log(total) - np.add.reduce(e * z, -1) / total) / np.log(logits.shape[-1])
+    q = np.add.reduce(e * classes[:n, None], -1) / total + features[:n, :1] / total + features[:n, 1:2] * sure
+    for k in range(n):
+        if k:
+            q[k] += np.add.reduce(features[k, 2 : k + 2, None] * q[:k], 0)
+        np.minimum(np.maximum(q[k], 0.0, out=q[k]), 1.0, out=q[k])
+    return np.asarray(q)
 
 
 def at_first(logits: np.ndarray) -> np.ndarray:
@@ -26,14 +75,29 @@ def at_first(logits: np.ndarray) -> np.ndarray:
     return np.ones(logits.shape[1], dtype=bool)
 
 
-def by_max_probability(logits: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+def by_max_probability(logits: np.ndarray, thresholds: "tuple[float, ...]") -> np.ndarray:
     """Leave when the largest probability reaches the threshold of this exit."""
     return np.asarray(max_probability(logits[-1]) >= thresholds[logits.shape[0] - 1])
 
 
-def by_entropy(logits: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+def by_entropy(logits: np.ndarray, thresholds: "tuple[float, ...]") -> np.ndarray:
     """Leave when the entropy in nats lies under the threshold of this exit."""
     return np.asarray(entropy(logits[-1]) < thresholds[logits.shape[0] - 1])
+
+
+def by_margin(logits: np.ndarray, thresholds: "tuple[float, ...]") -> np.ndarray:
+    """Leave when the lead of the largest probability reaches the threshold of this exit."""
+    return np.asarray(margin(logits[-1]) >= thresholds[logits.shape[0] - 1])
+
+
+def by_ensemble(logits: np.ndarray, weights: np.ndarray, biases: np.ndarray, thresholds: "tuple[float, ...]") -> np.ndarray:
+    """Leave when the largest probability of the ensemble of the exits read so far reaches the threshold of this exit."""
+    return np.asarray(max_probability(ensemble(logits, weights, biases)) >= thresholds[logits.shape[0] - 1])
+
+
+def by_schedule(logits: np.ndarray, classes: np.ndarray, features: np.ndarray, thresholds: "tuple[float, ...]") -> np.ndarray:
+    """Leave when EENet's score reaches the threshold of this exit."""
+    return np.asarray(scheduled(logits, classes, features)[-1] >= thresholds[logits.shape[0] - 1])
 
 
 def by_patience(logits: np.ndarray, patience: int) -> np.ndarray:
@@ -48,4 +112,4 @@ def _shifted(logits: np.ndarray) -> np.ndarray:
     # Contiguous, because the order of summation, and with it the last bit, follows the layout in memory:
     # the same logits must give the same decision wherever they lie.
     z = np.ascontiguousarray(logits, dtype=np.float64)
-    return np.asarray(z - z.max(-1, keepdims=True))
+    return np.asarray(z - np.maximum.reduce(z, -1, keepdims=True))

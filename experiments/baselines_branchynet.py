@@ -16,7 +16,7 @@ from anytime.config import Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
 from anytime.models.branchynet import BResNet110
 from anytime.models.static import Static
-from anytime.policies.threshold import Entropy
+from anytime.policies.confidence import Entropy
 from anytime.train import Recipe
 
 EXPERIMENT = Experiment(

@@ -17,7 +17,7 @@ from anytime.datasets.cifar import CIFAR10
 from anytime.losses import LinearWithLateKL
 from anytime.models.eenet import EENetDenseNet121, EENetResNet56
 from anytime.models.static import Static
-from anytime.policies.threshold import MaxProb
+from anytime.policies.confidence import MaxProb
 from anytime.train import Recipe
 
 MODELS = (Static(EENetResNet56()), EENetResNet56(), Static(EENetDenseNet121()), EENetDenseNet121())

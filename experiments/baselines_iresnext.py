@@ -20,7 +20,7 @@ from anytime.losses import Joint
 from anytime.models.iresnext import IResNeXt
 from anytime.models.static import Static
 from anytime.policies.fixed import Fixed
-from anytime.policies.threshold import MaxProb
+from anytime.policies.confidence import MaxProb
 from experiments.common import cifar_recipe
 
 EXPERIMENT = Experiment(

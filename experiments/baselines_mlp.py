@@ -15,7 +15,7 @@ from anytime.config import Experiment, Suite
 from anytime.datasets.mnist import FashionMNIST
 from anytime.models.course import ThreeExitMLP
 from anytime.models.static import Static
-from anytime.policies.threshold import Entropy, MaxProb
+from anytime.policies.confidence import Entropy, MaxProb
 from anytime.train import Recipe
 
 EXPERIMENT = Experiment(

@@ -17,7 +17,7 @@ from anytime.config import Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
 from anytime.models.msdnet import CIFAR10_ANYTIME, CIFAR10_BATCH
 from anytime.models.static import Static
-from anytime.policies.threshold import MaxProb
+from anytime.policies.confidence import MaxProb
 from anytime.train import Recipe
 
 EXPERIMENT = Experiment(

@@ -16,7 +16,7 @@ from anytime.datasets.cifar import CIFAR10
 from anytime.losses import Rising
 from anytime.models.sdn import SDN
 from anytime.models.static import Static
-from anytime.policies.threshold import MaxProb
+from anytime.policies.confidence import MaxProb
 from experiments.common import cifar_recipe
 
 EXPERIMENT = Experiment(

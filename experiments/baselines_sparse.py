@@ -18,7 +18,7 @@ from anytime.config import Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
 from anytime.losses import Joint
 from anytime.models.sparse_resnet import SparseResNet
-from anytime.policies.threshold import MaxProb
+from anytime.policies.confidence import MaxProb
 from experiments.common import cifar_recipe
 
 JOINT = replace(cifar_recipe(Joint()), epochs=8)

@@ -17,7 +17,7 @@ from anytime.datasets.cifar import CIFAR10
 from anytime.losses import Rising
 from anytime.models.branchynet import BAlexNet
 from anytime.models.sdn import SDN
-from anytime.policies.threshold import MaxProb
+from anytime.policies.confidence import MaxProb
 from anytime.reach import Reach
 from experiments.common import branchy_recipe, cifar_recipe
 

@@ -18,7 +18,7 @@ from anytime.losses import Joint, Rising
 from anytime.models.sdn import SDN
 from anytime.models.sparse_resnet import SparseResNet
 from anytime.models.static import Static
-from anytime.policies.threshold import Entropy, MaxProb
+from anytime.policies.confidence import Entropy, MaxProb
 from experiments.common import cifar_recipe
 
 STATIC = tuple(Static(SDN(trunk)) for trunk in ("resnet56", "resnet44", "resnet32", "resnet20"))

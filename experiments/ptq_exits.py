@@ -18,7 +18,7 @@ from anytime.models.branchynet import BAlexNet
 from anytime.models.sdn import SDN
 from anytime.models.sparse_resnet import SparseResNet
 from anytime.models.static import Static
-from anytime.policies.threshold import MaxProb
+from anytime.policies.confidence import MaxProb
 from experiments.common import branchy_recipe, cifar_recipe
 
 EXPERIMENT = Experiment(

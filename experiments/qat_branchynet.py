@@ -19,7 +19,7 @@ from anytime.datasets.cifar import CIFAR10
 from anytime.datasets.mnist import MNIST
 from anytime.models.branchynet import BAlexNet, BLeNet
 from anytime.models.static import Static
-from anytime.policies.threshold import Entropy, MaxProb
+from anytime.policies.confidence import Entropy, MaxProb
 from experiments.common import branchy_recipe
 
 TUNE_EPOCHS = 3  # of both QATs, and of FP32 trained on: else QAT's gain is retraining's

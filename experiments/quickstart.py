@@ -15,7 +15,7 @@ from anytime.config import Experiment, Suite
 from anytime.datasets.digits import Digits
 from anytime.models.branchynet import BLeNet
 from anytime.models.static import Static
-from anytime.policies.threshold import Entropy
+from anytime.policies.confidence import Entropy
 from anytime.train import Recipe
 
 EXPERIMENT = Experiment(

@@ -6,20 +6,29 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
 
 import anytime.policies
 from anytime.errors import Infeasible
-from anytime.metrics import Bools, Floats, Ints, Predictions
+from anytime.metrics import Bools, Floats, Ints, Predictions, correct, take
+from anytime.policies.confidence import Entropy, MaxProb
+from anytime.policies.eenet import EENet
 from anytime.policies.fixed import Fixed
-from anytime.policies.threshold import Entropy, MaxProb
+from anytime.policies.random import Random
+from anytime.policies.risk import RiskControl
+from anytime.policies.sdn import SDN
+from anytime.policies.ztw import ZTW
 from anytime.policy import PathCost, Policy
 from tests.contracts import policy as contract
+
+# What a keeper needs to be asked at all, and what makes its fit quick.
+ARGUMENTS: dict[type[Policy], dict[str, Any]] = {EENet: {"seed": 0, "steps": 4}, Random: {"of": Entropy()}}
 
 
 def keepers() -> Iterator[Policy]:
@@ -28,15 +37,21 @@ def keepers() -> Iterator[Policy]:
         room = importlib.import_module(f"anytime.policies.{module.name}")
         for _, cls in inspect.getmembers(room, inspect.isclass):
             if issubclass(cls, Policy) and not inspect.isabstract(cls) and cls.__module__ == room.__name__:
-                yield cls()
-                yield from (cls(**{f.name: True}) for f in dataclasses.fields(cls) if f.default is False)
+                given = ARGUMENTS.get(cls, {})
+                yield cls(**given)
+                yield from (cls(**(given | {f.name: True})) for f in dataclasses.fields(cls) if f.default is False)
+    yield RiskControl(0.2, against="labels")
+    yield Random(of=ZTW())
 
 
 KEEPERS = {p.label: p for p in keepers()}
 
 
 def test_the_walk_finds_them_all() -> None:
-    assert KEEPERS.keys() >= {"Fixed", "MaxProb", "MaxProb per exit", "Entropy", "Entropy per exit", "Patience"}
+    named = {"Fixed", "Patience", "GeometricSplit", "EENet", "RiskControl 0.05", "RiskControl 0.2 of accuracy", "Oracle"}
+    searched = ("MaxProb", "Entropy", "Margin", "SDN", "ZTW")
+    named |= {*searched, *(f"{name} per exit" for name in searched), "Random as Entropy", "Random as ZTW"}
+    assert KEEPERS.keys() >= named
     assert len(KEEPERS) == len(list(keepers())), "two policies have one label"
 
 
@@ -69,7 +84,7 @@ class ForgetsOrigins(Entropy):
 class Thrifty(Entropy):
     def _fit(self, val: Predictions, cost: PathCost, budget: float) -> Policy:
         dear = budget > cost.path(self.uses(val.n_exits), val.n_exits - 1)
-        return super()._fit(val, cost, self._least(val.n_exits, cost) if dear else budget)
+        return super()._fit(val, cost, cost.path((0,), 0) if dear else budget)
 
 
 class LeavesElsewhere(Entropy):
@@ -167,18 +182,75 @@ class Remembers(Fixed):
 
 
 class CountsItself(Fixed):
-    def spends(self, logits: Floats, cost: PathCost) -> float:
-        return 0.9 * super().spends(logits, cost)
+    def spends(self, exits: Ints, n_exits: int, cost: PathCost) -> float:
+        return 0.9 * super().spends(exits, n_exits, cost)
 
 
-class NeedsTwoExits(Entropy):
+class AimsLow(MaxProb):
+    def _fit_accuracy(self, val: Predictions, cost: PathCost, accuracy: float) -> Policy:
+        return super()._fit_accuracy(val, cost, accuracy if accuracy > 1 else 0.9 * accuracy)
+
+
+class KeepsTheBestToItself(MaxProb):
+    def _out_of_reach(self, accuracy: float, best: float) -> Infeasible:
+        return Infeasible("too much", best=best)
+
+
+class AgreesToAnything(MaxProb):
+    def _fit_accuracy(self, val: Predictions, cost: PathCost, accuracy: float) -> Policy:
+        return super()._fit_accuracy(val, cost, min(accuracy, 0.5))
+
+
+class BelievesTheExit(SDN):
+    def right(self, p: Predictions) -> Bools:
+        return correct(p)
+
+
+class Cheats(MaxProb):
+    def leave(self, p: Predictions) -> Ints:
+        return np.where(p.labels > 0, self.exits(p.logits), 0)
+
+
+class BoundThatStops(MaxProb):
+    bound = True
+
+
+class AnswersWithTheLast(MaxProb):
+    def answer(self, logits: Floats, exits: Ints) -> Floats:
+        return np.asarray(logits[-1])
+
+
+class DecidesOnOneExit(MaxProb):
+    least_exits = 2
+
+    def _may_see(self, val: Predictions) -> None:
+        if val.n_exits > 1:
+            super()._may_see(val)
+
+
+class MissesItsExit(Fixed):
     def exits(self, logits: Floats) -> Ints:
         return np.full(logits.shape[1], 1) if len(logits) == 1 else super().exits(logits)
 
 
-class PricesStaticDouble(Entropy):
-    def _least(self, n_exits: int, cost: PathCost) -> float:
-        return super()._least(n_exits, cost) * (2 if n_exits == 1 else 1)
+class ForgetsTemperatures(MaxProb):
+    def _tempered(self, logits: Floats) -> Floats:
+        return logits
+
+
+class AnswersUntempered(MaxProb):
+    def answer(self, logits: Floats, exits: Ints) -> Floats:
+        return take(logits, exits)
+
+
+class TempersItsClass(MaxProb):
+    def answer(self, logits: Floats, exits: Ints) -> Floats:
+        return super().answer(logits, exits) if not self.temperatures else -super().answer(logits, exits)
+
+
+class MatchesHalf(MaxProb):
+    def matched(self, shares: Sequence[float], logits: Floats) -> MatchesHalf:
+        return super().matched([*(0.5 * s for s in shares[:-1]), 1 - 0.5 * sum(shares[:-1])], logits)
 
 
 class AnswersOnce(MaxProb):
@@ -212,8 +284,19 @@ SABOTEURS = [
     (Dice(), contract.answers_with_a_record_of_its_numbers, "gives two answers"),
     (Sharpens(), contract.answers_with_a_record_of_its_numbers, "changes the predictions"),
     (Remembers(), contract.answers_with_a_record_of_its_numbers, "changes the question"),
-    (NeedsTwoExits(), contract.serves_a_static_network, "is left elsewhere"),
-    (PricesStaticDouble(), contract.serves_a_static_network, "but the least budget is"),
+    (AimsLow(), contract.reaches_the_accuracy_that_is_wanted, "where .* was wanted"),
+    (KeepsTheBestToItself(), contract.reaches_the_accuracy_that_is_wanted, "does not name the best"),
+    (AgreesToAnything(), contract.reaches_the_accuracy_that_is_wanted, "more than 1 does not raise"),
+    (BelievesTheExit(), contract.knows_whether_it_is_right, "right\\(\\) says"),
+    (Cheats(), contract.needs_only_what_a_board_knows, "follow the labels"),
+    (BoundThatStops(), contract.needs_only_what_a_board_knows, "stop\\(\\) answers"),
+    (AnswersWithTheLast(), contract.decides_each_sample_alone, "is answered with"),
+    (DecidesOnOneExit(), contract.has_something_to_decide, "is decided upon"),
+    (MissesItsExit(), contract.has_something_to_decide, "is left elsewhere"),
+    (ForgetsTemperatures(), contract.takes_temperatures, "do not divide"),
+    (AnswersUntempered(), contract.takes_temperatures, "not in the answer"),
+    (TempersItsClass(), contract.takes_temperatures, "changes the class"),
+    (MatchesHalf(), contract.matches_shares, "where the shares were"),
     (AnswersOnce(), contract.answers_one_row_per_sample, "answers of shape"),
     (Divides(), contract.answers_one_row_per_sample, "not finite"),
 ]

@@ -9,7 +9,7 @@ from anytime.backend import Bits, TorchNet
 from anytime.backends.mixed import MixedPrecision
 from anytime.cost import account
 from anytime.errors import Infeasible, Leak, Unsupported, UsageError
-from anytime.policies.threshold import MaxProb
+from anytime.policies.confidence import MaxProb
 from anytime.quant.fake import FakeQuant
 from anytime.reach import Reach
 from tests.worlds import Tiny, data, trained, trainer

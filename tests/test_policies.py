@@ -1,4 +1,4 @@
-"""Each policy against a straightforward reference, one sample, one exit, one threshold after the other."""
+"""Policies of one rule against a straightforward reference, one sample, one exit, one threshold after the other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from anytime import stops
-from anytime.errors import Infeasible, Leak, UsageError
+from anytime.errors import Infeasible, Leak, Unsupported, UsageError
 from anytime.metrics import Floats, Predictions, accuracy, correct
+from anytime.policies.confidence import Entropy, Margin, MaxProb
 from anytime.policies.fixed import Fixed
 from anytime.policies.patience import Patience
-from anytime.policies.threshold import Entropy, MaxProb, Threshold
-from anytime.policy import Policy, mean_cost
+from anytime.policy import PathCost, Policy, mean_cost
+from anytime.spec import key
+from anytime.threshold import Searched
 from tests.contracts.policy import Costs, costs, predictions
 
 
@@ -41,7 +43,7 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw: st.DrawFn, max_exits: int = 5, grows: bool = False) -> Case:
     """Small networks; half of them with coarse logits, whose scores tie within and between exits."""
-    n_exits, n, k = draw(st.integers(1, max_exits)), draw(st.integers(1, 14)), draw(st.integers(2, 10))
+    n_exits, n, k = draw(st.integers(2, max_exits)), draw(st.integers(1, 14)), draw(st.integers(2, 10))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     coarse = draw(st.booleans())
     logits = rng.integers(-1, 2, (n_exits, n, k)).astype(np.float32) if coarse else rng.normal(size=(n_exits, n, k))
@@ -63,12 +65,17 @@ def one_by_one(policy: Policy, logits: Floats) -> list[int]:
                 Patience: lambda run=run: run == policy.patience,
                 MaxProb: lambda row=row, k=k: stops.max_probability(row) >= policy.thresholds[k],
                 Entropy: lambda row=row, k=k: stops.entropy(row) < policy.thresholds[k],
+                Margin: lambda row=row, k=k: stops.margin(row) >= policy.thresholds[k],
             }[type(policy)]
             if k == len(logits) - 1 or leaves():
                 taken = k
                 break
         exits.append(taken)
     return exits
+
+
+def spends(policy: Policy, val: Predictions, cost: PathCost) -> float:
+    return policy.spends(policy.leave(val), val.n_exits, cost)
 
 
 def scored(case: Case, exits: list[int] | Floats) -> tuple[Fraction, int]:
@@ -84,19 +91,19 @@ def best(case: Case, candidates: list[Policy]) -> tuple[Fraction, int]:
     return max(s for s in all_scored if float(s[0]) <= case.budget)
 
 
-def every_threshold(policy: Threshold, case: Case, exits: tuple[int, ...]) -> list[float]:
+def every_threshold(policy: Searched, case: Case, exits: tuple[int, ...]) -> list[float]:
     """One for each way of dividing the scores of those exits: each score, and one beyond the largest."""
-    scores = policy.score(case.val.logits[list(exits)])
+    scores = policy.scores(case.val.logits)[list(exits)]
     return [0.0, *np.unique(scores).tolist(), 5.0]
 
 
-THRESHOLDS = [MaxProb(), Entropy()]
+THRESHOLDS: list[Searched] = [MaxProb(), Entropy(), Margin()]
 
 
 @pytest.mark.parametrize("policy", THRESHOLDS, ids=lambda p: p.label)
 @settings(deadline=None)
 @given(case=cases())
-def test_one_threshold_is_the_best_of_all(policy: Threshold, case: Case) -> None:
+def test_one_threshold_is_the_best_of_all(policy: Searched, case: Case) -> None:
     links = case.val.n_exits - 1
     candidates = [replace(policy, thresholds=(t,) * links) for t in every_threshold(policy, case, tuple(range(links)))]
     cheapest = min(scored(case, one_by_one(c, case.val.logits))[0] for c in candidates)
@@ -112,7 +119,7 @@ def test_one_threshold_is_the_best_of_all(policy: Threshold, case: Case) -> None
 @pytest.mark.parametrize("policy", THRESHOLDS, ids=lambda p: p.label)
 @settings(deadline=None)
 @given(case=cases())
-def test_a_curve_says_what_every_threshold_does(policy: Threshold, case: Case) -> None:
+def test_a_curve_says_what_every_threshold_does(policy: Searched, case: Case) -> None:
     # Thresholds that scores meet exactly are among them.
     asked = every_threshold(policy, case, tuple(range(case.val.n_exits)))
     curve = policy.curve(case.val, case.cost, np.array(asked))
@@ -122,25 +129,24 @@ def test_a_curve_says_what_every_threshold_does(policy: Threshold, case: Case) -
         exits = one.exits(case.val.logits)
         assert exits.tolist() == one_by_one(one, case.val.logits)
         assert counts.tolist() == np.bincount(exits, minlength=case.val.n_exits).tolist()
-        assert spent == one.spends(case.val.logits, case.cost)
+        assert spent == one.spends(exits, case.val.n_exits, case.cost)
         assert share == accuracy(case.val, exits)
 
 
 @pytest.mark.parametrize("policy", THRESHOLDS, ids=lambda p: p.label)
 @settings(deadline=None)
 @given(case=cases(grows=True))
-def test_a_curve_has_each_decision_once(policy: Threshold, case: Case) -> None:
+def test_a_curve_has_each_decision_once(policy: Searched, case: Case) -> None:
     curve = policy.curve(case.val, case.cost)
     assert (np.diff(curve.thresholds) > 0).all()
-    if case.val.n_exits > 1:
-        assert (np.diff(curve.counts, axis=0) != 0).any(axis=1).all(), "two thresholds decide alike"
+    assert (np.diff(curve.counts, axis=0) != 0).any(axis=1).all(), "two thresholds decide alike"
     assert (np.diff(curve.spent) * (1 if policy.high else -1) >= 0).all(), "costs that grow are not monotone in the threshold"
 
 
 @pytest.mark.parametrize("policy", THRESHOLDS, ids=lambda p: p.label)
 @settings(deadline=None)
 @given(case=cases(max_exits=3))
-def test_thresholds_of_their_own_are_the_best_of_all_where_all_can_be_tried(policy: Threshold, case: Case) -> None:
+def test_thresholds_of_their_own_are_the_best_of_all_where_all_can_be_tried(policy: Searched, case: Case) -> None:
     own = replace(policy, per_exit=True)
     links = case.val.n_exits - 1
     if len(case.val.labels) < links:
@@ -150,22 +156,21 @@ def test_thresholds_of_their_own_are_the_best_of_all_where_all_can_be_tried(poli
     fitted = own.fit(case.val, case.cost, case.budget)
     spent, right = scored(case, fitted.exits(case.val.logits))
     assert float(spent) <= case.budget and fitted.exits(case.val.logits).tolist() == one_by_one(fitted, case.val.logits)
-    if links:  # a static network has nothing to choose
-        ways = product(*(every_threshold(policy, case, (k,)) for k in range(links)))
-        all_scored = [scored(case, one_by_one(replace(own, thresholds=way), case.val.logits)) for way in ways]
-        assert (right, -spent) == max((r, -s) for s, r in all_scored if float(s) <= case.budget)
+    ways = product(*(every_threshold(policy, case, (k,)) for k in range(links)))
+    all_scored = [scored(case, one_by_one(replace(own, thresholds=way), case.val.logits)) for way in ways]
+    assert (right, -spent) == max((r, -s) for s, r in all_scored if float(s) <= case.budget)
 
 
 @pytest.mark.parametrize("policy", THRESHOLDS, ids=lambda p: p.label)
 @settings(deadline=None)
 @given(seed=st.integers(0, 999), share=st.floats(0.05, 1), n_exits=st.integers(2, 7))
-def test_thresholds_of_their_own_are_never_worse_than_one(policy: Threshold, seed: int, share: float, n_exits: int) -> None:
+def test_thresholds_of_their_own_are_never_worse_than_one(policy: Searched, seed: int, share: float, n_exits: int) -> None:
     val, cost = predictions(n_exits, 60, 5, seed), costs(n_exits)
     cheap, dear = cost.path((0,), 0), cost.path(tuple(range(n_exits)), n_exits - 1)
     budget = cheap + share * (dear - cheap)
     one = policy.fit(val, cost, budget)
     own = replace(policy, per_exit=True).fit(val, cost, budget)
-    assert own.spends(val.logits, cost) <= budget
+    assert spends(own, val, cost) <= budget
     assert accuracy(val, own.exits(val.logits)) >= accuracy(val, one.exits(val.logits))
 
 
@@ -179,7 +184,7 @@ def test_thresholds_of_their_own_gain_where_an_exit_is_sure_and_wrong() -> None:
     val, cost = Predictions(logits, labels, "val"), Costs((10, 10, 10), (0, 0, 0))
     one, own = (MaxProb(per_exit=p).fit(val, cost, 20.0) for p in (False, True))
     assert accuracy(val, one.exits(logits)) == 0.5  # half of them go on, to the last exit, for what the other half saves
-    assert accuracy(val, own.exits(logits)) == 1 and own.spends(logits, cost) == 20
+    assert accuracy(val, own.exits(logits)) == 1 and spends(own, val, cost) == 20
 
 
 def test_costs_that_fall_along_the_chain() -> None:
@@ -191,7 +196,10 @@ def test_costs_that_fall_along_the_chain() -> None:
     with pytest.raises(Infeasible) as caught:  # one threshold that sends everyone past exit 1 sends nobody out at exit 2
         Entropy().fit(val, cost, 2.0)
     assert 2 < caught.value.least < 9
-    assert Entropy().fit(val, cost, caught.value.least).spends(val.logits, cost) == caught.value.least
+    assert spends(Entropy().fit(val, cost, caught.value.least), val, cost) == caught.value.least
+    with pytest.raises(Infeasible) as lower:  # and a budget below every path is told the same
+        Entropy().fit(val, cost, 1.0)
+    assert lower.value.least == caught.value.least
 
 
 def test_a_threshold_lies_midway_so_that_rounding_flips_nothing() -> None:
@@ -215,6 +223,7 @@ def test_thresholds_at_the_ends_hold_for_every_logit() -> None:
         first, last = policy.fit(seen, cost, cost.path((0,), 0)), policy.fit(seen, cost, 1e9)
         for p in (unseen, sure, flat):
             assert (first.exits(p.logits) == 0).all() and (last.exits(p.logits) == 2).all()
+    assert Margin().fit(seen, cost, 1e9).thresholds == (pytest.approx(1, abs=1e-5),) * 2
     assert MaxProb().fit(seen, cost, 1e9).thresholds == (pytest.approx(1, abs=1e-5),) * 2
     assert Entropy().fit(seen, cost, 1e9).thresholds == (0, 0)
 
@@ -227,17 +236,17 @@ def shuffled(seed: int) -> Floats:
 
 
 @pytest.mark.parametrize("policy", THRESHOLDS, ids=lambda p: p.label)
-def test_scores_that_differ_in_their_last_bit_are_told_apart(policy: Threshold) -> None:
+def test_scores_that_differ_in_their_last_bit_are_told_apart(policy: Searched) -> None:
     def hard(scores: Floats) -> bool:  # the middle of two neighbours rounds to the lower one
         return bool(((scores[:-1] + scores[1:]) / 2 == scores[:-1]).any())
 
-    logits = next(z for z in map(shuffled, range(60)) if hard(np.unique(policy.score(z[0]))))
-    scores = np.unique(policy.score(logits[0]))
+    logits = next(z for z in map(shuffled, range(60)) if hard(np.unique(policy.scores(z)[0])))
+    scores = np.unique(policy.scores(logits)[0])
     val, cost = Predictions(logits, np.zeros(60, int), "val"), AnyCosts((1, 61))
     curve = policy.curve(val, cost)
     assert len(curve.thresholds) == len(scores) + 1
     for spent in curve.spent:
-        assert policy.fit(val, cost, spent).spends(logits, cost) == spent
+        assert spends(policy.fit(val, cost, spent), val, cost) == spent
 
 
 @settings(deadline=None)
@@ -278,7 +287,7 @@ def test_fixed_pays_no_other_head() -> None:
     val = predictions(3, 20, 4)
     assert Fixed(1).uses(3) == (1,) and Fixed().uses(3) == (2,)
     assert Fixed(1).costs(3, cost).tolist() == [np.inf, 220, np.inf]
-    assert Fixed(1).spends(val.logits, cost) == 220 and Fixed(-1).spends(val.logits, cost) == 330
+    assert spends(Fixed(1), val, cost) == 220 and spends(Fixed(-1), val, cost) == 330
     assert MaxProb().costs(3, cost).tolist() == [110, 230, 360]
     with pytest.raises(UsageError, match="has 3 exits; use 0 to 2, or -1 for the last"):
         Fixed(3).uses(3)
@@ -357,5 +366,123 @@ def test_budgets_in_milliseconds(policy: Policy, times: list[float], share: floa
     least, most = cost.path((), 0), cost.path((), 3)
     budget = least + share * (most - least)
     assume(budget >= least)
-    assert policy.fit(val, cost, budget).spends(val.logits, cost) <= budget
-    assert policy.fit(val, cost, least).spends(val.logits, cost) == least
+    assert spends(policy.fit(val, cost, budget), val, cost) <= budget
+    assert spends(policy.fit(val, cost, least), val, cost) == least
+
+
+@pytest.mark.parametrize("policy", [*THRESHOLDS, Patience()], ids=lambda p: p.label)
+@settings(deadline=None)
+@given(case=cases(), share=st.floats(0, 1))
+def test_the_cheapest_that_is_accurate_enough(policy: Policy, case: Case, share: float) -> None:
+    links = case.val.n_exits - 1
+    if isinstance(policy, Searched):
+        every = every_threshold(policy, case, tuple(range(links)))
+        candidates: list[Policy] = [replace(policy, thresholds=(t,) * links) for t in every]
+    else:
+        candidates = [Patience(p) for p in range(links + 1)]
+    n = len(case.val.labels)
+    tried = [scored(case, one_by_one(c, case.val.logits)) for c in candidates]
+    best = max(r for _, r in tried)
+    wanted = round(share * n)
+    if wanted > best:
+        with pytest.raises(Infeasible, match="out of reach") as caught:
+            policy.fit_accuracy(case.val, case.cost, wanted / n)
+        assert caught.value.best == best / n and np.isnan(caught.value.least)
+        wanted = best
+    fitted = policy.fit_accuracy(case.val, case.cost, wanted / n)
+    spent, right = scored(case, fitted.exits(case.val.logits))
+    assert (spent, -right) == min((s, -r) for s, r in tried if r >= wanted)
+
+
+@pytest.mark.parametrize("policy", THRESHOLDS, ids=lambda p: p.label)
+@pytest.mark.parametrize("wanted", [0.5, 0.6, 0.7])
+def test_thresholds_of_their_own_are_never_dearer_than_one(policy: Searched, wanted: float) -> None:
+    val, cost = predictions(4, 150, 5), costs(4)
+    one, own = (replace(policy, per_exit=p).fit_accuracy(val, cost, wanted) for p in (False, True))
+    assert spends(own, val, cost) <= spends(one, val, cost) and accuracy(val, own.exits(val.logits)) >= wanted
+
+
+def test_fixed_is_the_cheapest_accurate_exit() -> None:
+    val, cost = predictions(4, 300, 5), costs(4)
+    right = correct(val).mean(1)
+    assert (np.diff(right) > 0).all()
+    assert [Fixed().fit_accuracy(val, cost, r) for r in right] == [Fixed(k) for k in range(4)]
+    with pytest.raises(Infeasible, match="^Fixed: an accuracy of 1.0 on val is out of reach; the best found is 0.7766"):
+        Fixed().fit_accuracy(val, cost, 1.0)
+    with pytest.raises(Infeasible):
+        Fixed().fit_accuracy(val, cost, float("nan"))
+
+
+@pytest.mark.parametrize("policy", THRESHOLDS, ids=lambda p: p.label)
+@settings(deadline=None)
+@given(case=cases(), raw=st.lists(st.integers(0, 9), min_size=5, max_size=5).filter(lambda r: any(r[:2])))
+def test_matching_shares_goes_threshold_by_threshold(policy: Searched, case: Case, raw: list[int]) -> None:
+    n_exits, n, _ = case.val.logits.shape
+    shares = np.array(raw[:n_exits]) / sum(raw[:n_exits])
+    matched = policy.matched(shares.tolist(), case.val.logits)
+    going, missed = list(range(n)), 0.0
+    for k in range(n_exits - 1):
+        scores = policy.scores(case.val.logits)[k]
+        surest_first = sorted((-scores[i] if policy.high else scores[i]) for i in going)
+        # Every way of parting those still going, none between equals: the nearest to what is wanted, of two the fewer.
+        ways = [m for m in range(len(going) + 1) if m in (0, len(going)) or surest_first[m - 1] < surest_first[m]]
+        wanted = n * shares[k] + missed
+        distance = min(abs(m - wanted) for m in ways)
+        left = [i for i in going if matched.passes(scores[i], np.array(matched.thresholds[k]))]
+        assert len(left) == min(m for m in ways if abs(m - wanted) <= distance + 1e-9)
+        missed = wanted - len(left)
+        going = [i for i in going if i not in left]
+    assert matched.exits(case.val.logits).tolist() == one_by_one(matched, case.val.logits)
+
+
+def test_shares_that_are_none() -> None:
+    logits = predictions(3, 20, 4).logits
+    for shares in ((0.5, 0.5), (0.5, 0.6, -0.1), (0.2, 0.2, 0.2)):
+        with pytest.raises(UsageError, match="3 shares that sum to 1 are needed"):
+            MaxProb().matched(shares, logits)
+    with pytest.raises(UsageError, match="no samples"):
+        MaxProb().matched((0.5, 0.2, 0.3), logits[:, :0])
+    with pytest.raises(UsageError, match="not finite"):
+        MaxProb().matched((0.5, 0.2, 0.3), logits * np.where(logits > 2, np.nan, 1))
+    for policy in (Fixed(), Patience()):
+        with pytest.raises(Unsupported, match=f"{policy.label} has no threshold at each exit"):
+            policy.matched((0.5, 0.2, 0.3), logits)
+
+
+def test_shares_of_one_network_hold_on_another() -> None:
+    """What a user in the field can do: FP32's exit shares on unlabelled images, whatever compression did to confidences."""
+    val, cost = predictions(3, 500, 5), costs(3)
+    kept = MaxProb().fit(val, cost, 300.0)
+    wanted = np.bincount(kept.exits(val.logits), minlength=3) / 500
+    compressed = 0.5 * val.logits
+    assert (np.bincount(kept.exits(compressed), minlength=3) / 500)[2] > wanted[2] + 0.2
+    matched = kept.matched(wanted.tolist(), compressed)
+    assert (np.bincount(matched.exits(compressed), minlength=3) / 500).tolist() == wanted.tolist()
+
+
+def test_temperatures_undo_what_they_measure() -> None:
+    val, cost = predictions(3, 200, 5), costs(3)
+    kept = MaxProb().fit(val, cost, 300.0)
+    scaled = val.logits * np.array([2.0, 0.5, 4.0])[:, None, None].astype(np.float32)
+    cooled = kept.tempered((2.0, 0.5, 4.0))
+    assert cooled.exits(scaled).tolist() == kept.exits(val.logits).tolist() != kept.exits(scaled).tolist()
+    exits = kept.exits(val.logits)
+    assert (cooled.answer(scaled, exits) == kept.answer(val.logits, exits)).all()
+    for wrong in ((0.0, 1.0, 1.0), (-1.0, 1.0, 1.0), (float("nan"), 1.0, 1.0), (float("inf"), 1.0, 1.0)):
+        with pytest.raises(UsageError, match="temperatures must be finite and over 0"):
+            kept.tempered(wrong)
+    with pytest.raises(UsageError, match="1 temperatures are given and exit 2 is read"):
+        kept.tempered((2.0,)).exits(scaled)
+
+
+def test_one_exit_leaves_nothing_to_decide() -> None:
+    for policy in (MaxProb(), Patience()):
+        with pytest.raises(UsageError, match="a network of one exit leaves nothing to decide; use Fixed"):
+            policy.fit(predictions(1, 20, 4), costs(1), 1e9)
+
+
+def test_records_keep_their_keys() -> None:
+    """Fields came and files moved since the first records were written."""
+    asked = [Fixed(), Fixed(2), Patience(), MaxProb(), MaxProb(per_exit=True), Entropy(), Entropy(per_exit=True)]
+    before = ["985dbedba37e", "a70f7f57508a", "d29f29538367", "d240e2102c71", "0a37f1c31d72", "307ed2fb7576", "144a3ffac76f"]
+    assert [key(p) for p in asked] == before

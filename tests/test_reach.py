@@ -12,7 +12,7 @@ from anytime.errors import Infeasible, Leak, Unsupported
 from anytime.metrics import Predictions
 from anytime.policies.fixed import Fixed
 from anytime.policies.patience import Patience
-from anytime.policies.threshold import Entropy, MaxProb
+from anytime.policies.confidence import Entropy, MaxProb
 from anytime.reach import Reach
 from anytime.spec import key
 from tests.worlds import Restarting, data, trained

@@ -67,9 +67,9 @@ def test_a_score_is_the_same_to_the_last_bit_wherever_the_logits_lie(seed: int, 
 def test_a_threshold_that_is_met_exactly() -> None:
     logits = np.random.default_rng(0).normal(size=(2, 3, 4))
     p, h = stops.max_probability(logits[1]), stops.entropy(logits[1])
-    assert stops.by_max_probability(logits, np.array([9.0, p[1]])).tolist() == [a >= p[1] for a in p]
-    assert stops.by_entropy(logits, np.array([0.0, h[1]])).tolist() == [a < h[1] for a in h]
-    assert stops.by_max_probability(logits, np.array([9.0, p[1]]))[1] and not stops.by_entropy(logits, np.array([0.0, h[1]]))[1]
+    assert stops.by_max_probability(logits, (9.0, p[1])).tolist() == [a >= p[1] for a in p]
+    assert stops.by_entropy(logits, (0.0, h[1])).tolist() == [a < h[1] for a in h]
+    assert stops.by_max_probability(logits, (9.0, p[1]))[1] and not stops.by_entropy(logits, (0.0, h[1]))[1]
 
 
 def test_patience_by_hand() -> None:
@@ -84,3 +84,54 @@ def test_patience_by_hand() -> None:
 
 def test_first() -> None:
     assert stops.at_first(np.zeros((1, 3, 2))).tolist() == [True] * 3
+
+
+@settings(deadline=None)
+@given(logit_arrays.filter(lambda z: z.shape[-1] > 1))
+def test_margin_is_the_lead_of_scipys_probabilities(logits: NDArray[np.float32]) -> None:
+    p = np.sort(softmax(logits.astype(float), axis=-1), axis=-1)
+    np.testing.assert_allclose(stops.margin(logits), p[..., -1] - p[..., -2], atol=1e-12)
+    assert (stops.margin(logits) >= 0).all() and (stops.margin(logits) <= 1).all()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 999), st.integers(2, 7), st.integers(1, 9), st.integers(2, 12))
+def test_an_ensemble_is_the_weighted_geometric_mean(seed: int, n_exits: int, n: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, weights, biases = rng.normal(size=(n_exits, n, k)), rng.random((n_exits, n_exits)), rng.normal(size=(n_exits, k))
+    factors = np.prod(softmax(logits, axis=-1) ** weights[-1, :, None, None], axis=0) * np.exp(biases[-1])
+    expected = factors / factors.sum(-1, keepdims=True)
+    np.testing.assert_allclose(softmax(stops.ensemble(logits, weights, biases), axis=-1), expected, atol=1e-12)
+    unread = np.tril(weights) + np.triu(np.full_like(weights, np.nan), 1)
+    for read in range(1, n_exits + 1):  # row k weighs exits 0 to k, and looks at nothing else
+        assert np.isfinite(stops.ensemble(logits[:read], unread, biases)).all()
+
+
+def test_the_most_confident_exit() -> None:
+    logits = np.array([[[0, 1.0], [5, 0.0], [1, 1.0]], [[9, 0.0], [0, 5.0], [1, 1.0]], [[0, 0.0], [0, 6.0], [1, 1.0]]])
+    assert stops.most_confident(logits).tolist() == [1, 2, 0]
+
+
+def test_temperatures_divide_exit_by_exit() -> None:
+    logits = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    got = stops.tempered(logits, (2.0, 0.5))
+    assert got.dtype == np.float64 and (got[0] == logits[0] / 2).all() and (got[1] == logits[1] * 2).all()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 999), st.integers(1, 6), st.integers(2, 30), st.integers(2, 40))
+def test_one_sample_is_decided_as_in_a_batch_to_the_last_bit(seed: int, exits: int, n: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=3, size=(exits, n, k)).astype(np.float32)
+    matrix = rng.normal(size=(exits, max(k, exits + 1)))
+    scores = {  # each [N, ...]
+        "temperature": lambda z: stops.max_probability(stops.tempered(z, (1.7,) * exits)).T,
+        "ensemble": lambda z: stops.ensemble(z, matrix[:, :exits], matrix[:, :k]),
+        "schedule": lambda z: stops.scheduled(z, matrix[:, :k], 0.2 * matrix[:, : exits + 1]).T,
+        "margin": lambda z: stops.margin(z).T,
+        "entropy": lambda z: stops.entropy(z).T,
+    }
+    for name, score in scores.items():
+        whole = score(logits)
+        assert (np.concatenate([score(logits[:, i : i + 1]) for i in range(n)]) == whole).all(), f"{name} follows the batch"
+        assert (score(np.asfortranarray(logits)) == whole).all(), f"{name} follows the layout in memory"

@@ -9,17 +9,19 @@ import numpy as np
 from anytime import stops
 from anytime.errors import UsageError
 from anytime.metrics import Bools, Floats, Predictions, correct
-from anytime.policy import PathCost, Policy
+from anytime.policy import Listed, PathCost, Points, Policy
 
 
 @dataclass(frozen=True)
-class Fixed(Policy):
+class Fixed(Listed):
     """Everyone leaves at one exit, and no other head is run: the anytime curve, point by point.
 
     ``exit`` is an index; negative ones count from the last exit. ``fit`` picks, of the exits within the budget,
     the one that is most accurate on val; of equals the cheaper. UsageError where the network has no such exit.
     Source: this project.
     """
+
+    least_exits = 1
 
     exit: int = -1
 
@@ -31,18 +33,16 @@ class Fixed(Policy):
             )
         return (self.exit % n_exits,)
 
-    def stop(self, logits: Floats) -> Bools:
+    def _stop(self, logits: Floats) -> Bools:
         return stops.at_first(logits)
 
-    def _least(self, n_exits: int, cost: PathCost) -> float:
-        return float(_alone(n_exits, cost).min())
+    def _points(self, val: Predictions, cost: PathCost) -> Points:
+        alone = np.array([cost.path((k,), k) for k in range(val.n_exits)])
+        return Points(alone, correct(val).mean(-1), lambda k: replace(self, exit=k))
 
     def _fit(self, val: Predictions, cost: PathCost, budget: float) -> Policy:
-        costs = _alone(val.n_exits, cost)
-        within = np.flatnonzero(costs <= budget)
-        right = correct(val).sum(-1)
-        return replace(self, exit=int(within[np.lexsort((costs[within], -right[within]))[0]]))
-
-
-def _alone(n_exits: int, cost: PathCost) -> Floats:
-    return np.array([cost.path((k,), k) for k in range(n_exits)])
+        points = self._points(val, cost)
+        within = np.flatnonzero(points.spent <= budget)
+        if not len(within):
+            raise self._infeasible(budget, float(points.spent.min()))
+        return points.at(int(within[np.lexsort((points.spent[within], -points.accuracy[within]))[0]]))

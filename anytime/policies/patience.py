@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from anytime import stops
 from anytime.errors import UsageError
-from anytime.metrics import Bools, Floats, Predictions, accuracy
-from anytime.policy import PathCost, Policy
+from anytime.metrics import Bools, Floats, Predictions
+from anytime.policy import Listed, PathCost, Points, listed
 
 
 @dataclass(frozen=True)
-class Patience(Policy):
+class Patience(Listed):
     """Leave when an exit is the ``patience``-th in a row that says the class of the exit before it.
 
     0 leaves at the first exit, E - 1 or more never before the last. ``fit`` picks the patience that spends most
@@ -24,13 +22,10 @@ class Patience(Policy):
 
     patience: int | None = None
 
-    def stop(self, logits: Floats) -> Bools:
+    def _stop(self, logits: Floats) -> Bools:
         if self.patience is None or self.patience < 0:
             raise UsageError(f"Patience(patience={self.patience}): call fit first, or give a number of exits, 0 or more")
         return stops.by_patience(logits, self.patience)
 
-    def _fit(self, val: Predictions, cost: PathCost, budget: float) -> Policy:
-        candidates = [replace(self, patience=p) for p in range(val.n_exits)]
-        spent = np.array([c.spends(val.logits, cost) for c in candidates])
-        right = np.array([accuracy(val, c.exits(val.logits)) for c in candidates])
-        return candidates[self._most(spent, right, budget)]
+    def _points(self, val: Predictions, cost: PathCost) -> Points:
+        return listed([replace(self, patience=p) for p in range(val.n_exits)], val, cost)

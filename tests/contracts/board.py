@@ -69,8 +69,8 @@ class Sure(Policy):
     def uses(self, n_exits: int) -> tuple[int, ...]:
         return self.reads
 
-    def stop(self, logits: Floats) -> Bools:
-        return stops.by_max_probability(logits, np.array(self.thresholds))
+    def _stop(self, logits: Floats) -> Bools:
+        return stops.by_max_probability(logits, self.thresholds)
 
     def answer(self, logits: Floats, exits: np.ndarray) -> Floats:
         if not self.pooled:

@@ -1,0 +1,147 @@
+"""EENet's learned scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from anytime import stops
+from anytime.errors import UsageError
+from anytime.metrics import Bools, Floats, Predictions, correct, softmax
+from anytime.policy import PathCost, Policy
+from anytime.threshold import Divider, Threshold, lower
+
+TURN = 10  # steps after which scores and assignment take turns
+RATE = 0.01  # of Adam
+TILT = 40.0  # asinh of the steepest tilt of shares towards the cheapest or the dearest exit
+HALVINGS = 50  # of the range of tilts
+
+
+@dataclass(frozen=True)
+class EENet(Threshold):
+    """Leave when a learned score of the exits read so far reaches the threshold of this exit.
+
+    The score of exit k weighs its probabilities (``classes`` [E-1][K]), the largest of them, its confidence by entropy, and the
+    scores of the exits before (``features`` [E-1][2+k]). It learns to say whether the exit is right, most of all about the
+    samples that a second net, used for this alone, would assign to the exit; the mean assignment gives the exits' shares, and
+    thresholds are set in turn to keep them. ``seed`` draws the start: UsageError without one. ``fit_accuracy`` learns anew for
+    each of the 13 budgets that it tries.
+    Source: Ilhan et al., "Adaptive Deep Neural Network Inference Optimization with EENet", WACV 2024, and its code, whose
+    released form does not run. Deviations: the budget is met, not aimed at within 10 %: of all shares that spend it, those
+    are taken that are nearest to the learned ones (in relative entropy: each times exp(-t x cost), t found on val); scores start
+    from the largest probability plus noise and are learned in ``steps`` full-batch steps of Adam at 0.01, not in 1,000 epochs at
+    3e-5 from ten random starts; one start; all of it on val.
+    """
+
+    seed: int | None = None
+    steps: int = 600
+    classes: tuple[tuple[float, ...], ...] = ()
+    features: tuple[tuple[float, ...], ...] = ()
+
+    @cached_property
+    def _arrays(self) -> tuple[Floats, Floats]:
+        if not self.classes:
+            raise UsageError(f"{self.label}: no scheduler is learned; call fit with val predictions of this very network first")
+        return np.array(self.classes), lower(self.features)
+
+    def _scores(self, logits: Floats) -> Floats:
+        return stops.scheduled(logits, *self._arrays)
+
+    def _stop(self, logits: Floats) -> Bools:
+        return stops.by_schedule(logits, *self._arrays, self.thresholds)
+
+    def _fit(self, val: Predictions, cost: PathCost, budget: float) -> Policy:
+        if self.seed is None:
+            raise UsageError(f"{self.label}: a learned policy needs a seed; give one, as in EENet(seed=0)")
+        self._enough(val)
+        self._affords(val.n_exits, cost, budget)
+        costs = self.costs(val.n_exits, cost)
+        wanted = min(max(budget, float(costs.min())), float(costs.max()))
+        p = softmax(self._tempered(val.logits))
+        classes, features, shares = _learn(p, correct(val), costs / wanted, self.seed, self.steps)
+        learned = replace(self, classes=classes, features=features)
+        return learned._spend(val, cost, budget, shares)
+
+    def _spend(self, val: Predictions, cost: PathCost, budget: float, shares: Floats) -> EENet:
+        """The copy whose shares spend the budget on val and are nearest to ``shares`` [E]."""
+        n_exits, n, n_classes = val.logits.shape
+        costs = self.costs(n_exits, cost)
+        dearer = (costs - costs.min()) / max(float(np.ptp(costs)), np.finfo(float).tiny)
+        divider = Divider(self, self.scores(val.logits[:-1]), n_classes)
+
+        def tilted(steepness: float) -> tuple[float, tuple[float, ...]]:
+            logs = np.log(shares) - np.sinh(steepness) * dearer
+            wanted = np.exp(logs - logs.max())
+            divided = divider.divide(n * wanted / wanted.sum())
+            return self.spends(divided.exits, n_exits, cost), divided.thresholds
+
+        dear, cheap = -TILT, TILT
+        best = max((t for t in (tilted(cheap), tilted(dear)) if t[0] <= budget), default=None)
+        assert best is not None  # the steepest tilt sends everyone out at the cheapest exit
+        for _ in range(HALVINGS):
+            middle = (dear + cheap) / 2
+            trial = tilted(middle)
+            if trial[0] <= budget:
+                cheap, best = middle, max(best, trial)
+            else:
+                dear = middle
+        return replace(self, thresholds=best[1])
+
+
+def _learn(
+    p: Floats, right: Bools, costs: Floats, seed: int, steps: int
+) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...], Floats]:
+    """Weights of the scores of all exits but the last, and the mean assignment to every exit [E].
+
+    From probabilities [E, N, K], who is right [E, N], and costs [E] as multiples of the budget.
+    """
+    import torch
+    from torch.nn.functional import binary_cross_entropy
+
+    n_exits, _, n_classes = p.shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int, scale: float) -> torch.Tensor:
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    said, hit, price = torch.from_numpy(p), torch.from_numpy(right).double(), torch.from_numpy(costs)
+    sure = 1 + torch.special.xlogy(said, said).sum(-1) / np.log(n_classes)
+    seen = torch.cat([said, said.max(-1, keepdim=True).values, sure[..., None]], -1)  # [E, N, K + 2]
+    size = [n_classes + 2 + k for k in range(n_exits)]
+    scoring = [drawn(d, scale=0.01) for d in size]
+    for weights in scoring:
+        weights[n_classes] += 1.0  # starts as the largest probability
+    hidden = [(drawn(d, d // 2, scale=d**-0.5), drawn(d // 2, scale=0.1)) for d in size]
+    output = [(drawn(d // 2, scale=(d // 2) ** -0.5), drawn(1, scale=0.1)) for d in size]
+    assigning = [t for pair in hidden + output for t in pair]
+    for t in scoring + assigning:
+        t.requires_grad_()
+    optimizers = [torch.optim.AdamW(w, lr=RATE, weight_decay=0.01) for w in (scoring, assigning)]
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and assignment [E, N]."""
+        scores: list[torch.Tensor] = []
+        assigned = []
+        for k in range(n_exits):
+            x = torch.cat([seen[k], *(q.detach()[:, None] for q in scores)], 1)
+            scores.append((x @ scoring[k]).clamp(0, 1))
+            assigned.append(torch.sigmoid(torch.sigmoid(x @ hidden[k][0] + hidden[k][1]) @ output[k][0] + output[k][1]))
+        return torch.stack(scores), torch.stack(assigned).softmax(0)
+
+    for step in range(steps):
+        q, assigned = run()
+        weight = assigned / assigned.sum(1, keepdim=True)
+        loss = (weight * binary_cross_entropy(q, hit, reduction="none")).sum()
+        shown = q.clamp(min=1e-6) / q.clamp(min=1e-6).sum(0)
+        loss = loss + 1e-3 * (assigned * (assigned / shown).log()).sum(0).mean()
+        loss = loss + 1e-2 * ((price[:, None] * assigned).sum(0).mean() - 1).abs()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizers[step // TURN % 2].step()
+    with torch.no_grad():
+        shares = run()[1].mean(1).numpy()
+    rows = [weights.tolist() for weights in scoring[:-1]]
+    return tuple(tuple(r[:n_classes]) for r in rows), tuple(tuple(r[n_classes:]) for r in rows), shares
