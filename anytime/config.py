@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from anytime.backend import Backend
 from anytime.board import Board
 from anytime.dataset import DatasetSpec
-from anytime.errors import UsageError
+from anytime.errors import UsageError, near
 from anytime.model import ModelSpec
 from anytime.policy import Policy
 from anytime.spec import Spec
 from anytime.train import Recipe
+
+Arm = Literal["refitted", "kept", "temperature", "share-matched", "retrained"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,12 @@ class Experiment(Spec):
     """One question and everything that is run to answer it.
 
     ``reference`` is the backend that losses and kept thresholds refer to. ``budgets`` are fractions of the cost, in
-    ``currency``, of the suite's first model in FP32 (its last exit, all heads run), or milliseconds when it is "ms".
+    ``currency``, of the suite's first model in FP32 (its last exit, all heads run), or of each model's own with ``budgets_of``
+    "own"; milliseconds when it is "ms"; when it is "accuracy", val accuracies in (0, 1] that are wanted at least MACs.
+    ``arms``: where a policy's parameters on a compressed network come from. "refitted": fitted on its val; "kept": FP32's;
+    "temperature": FP32's, each exit's logits divided by the ratio of the temperatures that both networks need on tune;
+    "share-matched": FP32's, with thresholds that give its exit shares on calib, unlabelled; "retrained", a floor, on FP32
+    itself: those of the next training seed's FP32.
     ``replay_samples`` test samples are executed under each fitted policy on each board.
     """
 
@@ -59,14 +67,16 @@ class Experiment(Spec):
     budgets: tuple[float, ...]
     boards: tuple[Board, ...] = ()
     reference: Backend | None = None
-    currency: Literal["macs", "bops", "ms"] = "macs"
+    currency: Literal["macs", "bops", "ms", "accuracy"] = "macs"
+    arms: tuple[Arm, ...] = ("refitted", "kept")
+    budgets_of: Literal["first", "own"] = "first"
     train_seeds: tuple[int, ...] = (0,)
     seeds: tuple[int, ...] = (0,)
     time_samples: int = 256
     replay_samples: int = 250
 
     def __post_init__(self) -> None:
-        for field in ("suites", "backends", "train_seeds", "seeds"):
+        for field in ("suites", "backends", "train_seeds", "seeds", "arms"):
             if not getattr(self, field):
                 raise UsageError(f"experiment {self.name!r}: {field} is empty; name at least one")
         if any(not suite.models for suite in self.suites):
@@ -77,6 +87,11 @@ class Experiment(Spec):
             )
         if any(not b > 0 for b in self.budgets):
             raise UsageError(f"experiment {self.name!r}: budgets={self.budgets} must all be above 0")
+        if self.currency == "accuracy" and any(b > 1 for b in self.budgets):
+            raise UsageError(f"experiment {self.name!r}: budgets={self.budgets} are accuracies wanted, shares of at most 1")
+        for arm in self.arms:
+            if arm not in ARMS or self.arms.count(arm) > 1:
+                raise UsageError(f"experiment {self.name!r}: arms={self.arms}: {near(arm, ARMS)}; name each once")
         if self.currency == "ms" and not self.boards:
             raise UsageError(f"experiment {self.name!r}: budgets in ms need a board to measure on; name one in boards")
 
@@ -86,6 +101,11 @@ class Experiment(Spec):
             networks = [*((model, self.recipe) for model in suite.models), *suite.others]
             for train_seed, seed, (model, recipe), backend in product(self.train_seeds, self.seeds, networks, self.backends):
                 yield Cell(suite.data, model, recipe, backend, train_seed, seed)
+
+    def reference_model(self, cell: Cell) -> ModelSpec:
+        """The network whose cost the budgets of a cell are fractions of."""
+        first = next(suite.models[0] for suite in self.suites if suite.data == cell.data)
+        return cell.model if self.budgets_of == "own" else first
 
     @property
     def reference_backend(self) -> Backend:

@@ -1,7 +1,8 @@
-"""Rows -> figures: accuracy against MACs and against measured latency. The same rows give the same bytes."""
+"""Rows -> figures: accuracy against cost, and what compression does to exits. The same rows give the same bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from anytime.decided import example
 
 _MARKERS = "osD^vP*Xd<>"
 _LINES = ("-", "--", ":", "-.")
@@ -22,20 +25,27 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
-    """Write ``figure(rows)`` to ``path``, an SVG or by its suffix a PNG."""
+def pictures(rows: pd.DataFrame) -> dict[str, Callable[[pd.DataFrame], Figure]]:
+    """Suffix of the file name -> the figure; those of arms where an experiment has more than refitted and kept."""
+    own: dict[str, Callable[[pd.DataFrame], Figure]] = {"": figure}
+    return own if rows["arm"].isin(["", "refitted", "kept"]).all() else own | {"_shares": shares, "_arms": arms}
+
+
+def draw(rows: pd.DataFrame, path: Path, picture: Callable[[pd.DataFrame], Figure] | None = None) -> None:
+    """Write ``picture(rows)``, by default ``figure``, to ``path``, an SVG or by its suffix a PNG."""
     with matplotlib.rc_context(_STYLE):
-        figure(rows).savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+        drawn = (picture or figure)(rows)
+        drawn.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
 
 
 def figure(rows: pd.DataFrame) -> Figure:
     """Draw rows of ``rows.rows``: a line of axes per data set.
 
     Left accuracy against MACs, then against the mean latency on each board (a policy's median is that of one of its exits).
-    Colour: backend; marker: network; line: what executed it, joining its exits; hollow: policies (refitted); grey steps: the
-    Pareto front of the estimates. Bars are the 95 % limits, cut where they leave the frame.
+    Colour: backend; marker: network; line: what executed it, joining its exits; hollow: policies (refitted, no bounds); grey
+    steps: the Pareto front of the estimates. Bars are the 95 % limits, cut where they leave the frame.
     """
-    done = rows[(rows["status"] == "done") & rows["accuracy"].notna() & (rows["arm"] != "kept")]
+    done = rows[(rows["status"] == "done") & rows["accuracy"].notna() & rows["arm"].isin(["", "refitted"]) & ~rows["bound"]]
     done = done.assign(latency=done["latency_ms_mean"].fillna(done["latency_ms_p50"]))
     done = done.assign(network=done["model"] + done["variant"].map(lambda said: f" ({said})" if said else ""))
     datasets = list(done["dataset"].unique())
@@ -80,3 +90,69 @@ def _scatter(axes: Axes, rows: pd.DataFrame, cost: str, scale: float, looks: tup
             axes.errorbar(at, top, bars, color=colour, ecolor=(colour, 0.3), marker=marker, mfc=fill, ms=5, ls=line, lw=1)
     margin = max(1.0, 0.3 * (y.max() - y.min()))
     axes.set_ylim(y.min() - margin, min(100.2, y.max() + margin))
+
+
+def _decided(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per decision, whichever boards executed it, of the policy that stands for all."""
+    done = rows[(rows["status"] == "done") & rows["exit_shares"].ne("") & rows["spent"].notna() & ~rows["bound"]]
+    done = done.drop_duplicates(["cell", "policy", "budget", "arm"])
+    done = done.assign(network=done["dataset"] + ", " + done["model"] + done["variant"].map(lambda v: f" ({v})" if v else ""))
+    judged = done[done["arm"] == "share-matched"]["policy"].drop_duplicates()
+    return done[done["policy"].isin(example(list(judged)))]
+
+
+def shares(rows: pd.DataFrame) -> Figure:
+    """Draw what share of the test samples leaves at each exit: a bar per backend with FP32's thresholds kept.
+
+    A line of axes per network, a column per budget; FP32 itself stands first. One policy: see ``_decided``.
+    """
+    done = _decided(rows)
+    done = done[(done["arm"] == "kept") | (done["reference"] & (done["arm"] == "refitted"))]
+    networks, budgets = list(done["network"].unique()), sorted(done["budget"].unique())
+    drawn = Figure(figsize=(2.6 * max(1, len(budgets)) + 1.6, 2.4 * max(1, len(networks)) + 0.4), layout="constrained")
+    grid = drawn.subplots(max(1, len(networks)), max(1, len(budgets)), squeeze=False, sharey=True)
+    most = 0
+    for i, network in enumerate(networks):
+        for axes, budget in zip(grid[i], budgets, strict=True):
+            own = done[(done["network"] == network) & (done["budget"] == budget)]
+            names = [f"{column}\n{execution}" for column, execution in zip(own["column"], own["execution"], strict=True)]
+            taken = [[float(share) for share in text.split("/")] for text in own["exit_shares"]]
+            for at, bar in enumerate(taken):
+                for k, share in enumerate(bar):
+                    axes.bar(at, 100 * share, bottom=100 * sum(bar[:k]), color=f"C{k % 10}", width=0.8)
+                most = max(most, len(bar))
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+            axes.set_title(f"{', '.join(own['policy'].unique())}, budget {budget:g}", fontsize=7)
+        grid[i, 0].set_ylabel(f"{network}\nleave at exit (%)", fontsize=7)
+    keys = [Line2D([], [], color=f"C{k % 10}", marker="s", ls="", label=f"exit {k + 1}") for k in range(most)]
+    drawn.legend(handles=keys, loc="outside right upper")
+    return drawn
+
+
+def arms(rows: pd.DataFrame) -> Figure:
+    """Draw accuracy against what was spent, with kept, share-matched and refitted thresholds: a line of axes per network.
+
+    A column of axes per compressed backend; grey: FP32. The points of an arm are its budgets. One policy: see ``_decided``.
+    """
+    done = _decided(rows)
+    looks = {"kept": ("C3", "v", ":"), "share-matched": ("C1", "s", "--"), "refitted": ("C0", "o", "-")}
+    fp32 = done[done["reference"] & (done["arm"] == "refitted")]
+    others = done[~done["reference"] & done["arm"].isin(list(looks))]
+    networks, backends = list(done["network"].unique()), list(others["backend"].unique())
+    drawn = Figure(figsize=(3.0 * max(1, len(backends)) + 1.6, 2.6 * max(1, len(networks)) + 0.4), layout="constrained")
+    grid = drawn.subplots(max(1, len(networks)), max(1, len(backends)), squeeze=False)
+    for i, network in enumerate(networks):
+        for axes, backend in zip(grid[i], backends, strict=True):
+            own = others[(others["network"] == network) & (others["backend"] == backend)]
+            base = fp32[fp32["network"] == network].sort_values("spent")
+            axes.plot(base["spent"], 100 * base["accuracy"], color="grey", marker=".", lw=1)
+            for arm, (colour, marker, line) in looks.items():
+                points = own[own["arm"] == arm].sort_values("spent")
+                axes.plot(points["spent"], 100 * points["accuracy"], color=colour, marker=marker, ls=line, ms=4, lw=1)
+            said = ", ".join(dict.fromkeys([*own["column"], *own["execution"]]))
+            axes.set_title(said, fontsize=7)
+            axes.set_xlabel("spent (share of the reference)")
+        grid[i, 0].set_ylabel(f"{network}\naccuracy (%)", fontsize=7)
+    keys = [Line2D([], [], color=c, marker=m, ls=line, label=arm) for arm, (c, m, line) in looks.items()]
+    drawn.legend(handles=[*keys, Line2D([], [], color="grey", marker=".", label="FP32")], loc="outside right upper")
+    return drawn

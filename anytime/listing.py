@@ -89,7 +89,7 @@ def _seconds(records: list[Record]) -> dict[tuple[str, ...], float]:
 
 def _estimate(fact: Fact, took: dict[tuple[str, ...], float]) -> float | None:
     if fact.of == "decide":
-        return 0.05
+        return 0.2
     if fact.of in ("measure", "replay"):
         return 2.0
     names = (fact.cell.data.label, fact.cell.model.label, fact.cell.backend.label)

@@ -91,6 +91,30 @@ def ece(logits: Floats, labels: Ints, bins: int = 15) -> float:
     return float(total)
 
 
+def brier(logits: Floats, labels: Ints) -> float:
+    """Mean squared distance, summed over the classes, between probabilities and truth: in [0, 2], of logits [N, K].
+
+    Source: Brier, "Verification of forecasts expressed in terms of probability", 1950, eq. 2.
+    """
+    p = softmax(logits)
+    told = take(np.moveaxis(p, -1, 0), labels)
+    return float(np.mean((p * p).sum(-1) - 2 * told + 1))
+
+
+def auroc(logits: Floats, labels: Ints) -> float | None:
+    """How well confidence, the largest probability, tells right from wrong: in [0, 1], 0.5 is chance, of logits [N, K].
+
+    The share of pairs of a right and a wrong answer in which the right one is surer, ties counted half; None without both.
+    Source: Hanley and McNeil, "The meaning and use of the area under a ROC curve", 1982.
+    """
+    confidence, right = softmax(logits).max(-1), logits.argmax(-1) == labels
+    wrong, sure = np.sort(confidence[~right]), confidence[right]
+    if not len(wrong) or not len(sure):
+        return None
+    below = np.searchsorted(wrong, sure, "left") + np.searchsorted(wrong, sure, "right")
+    return float(below.sum() / (2 * len(sure) * len(wrong)))
+
+
 class Interval(NamedTuple):
     """An estimate with its two-sided 95 % limits."""
 
@@ -198,9 +222,67 @@ METRICS: dict[str, Metric] = {
         1,
         "share of the MACs that ran in 8-bit kernels, by the engine's own profile, weighted by the probability of reaching them",
     ),
-    "ece": Metric("", "lower", 4, "expected calibration error, 15 equal bins"),
-    "nll": Metric("nats", "lower", 4, "mean negative log-likelihood"),
+    "ece": Metric("", "lower", 4, "expected calibration error, 15 equal bins; of a policy, of the answers that it gives"),
+    "nll": Metric("nats", "lower", 4, "mean negative log-likelihood, likewise"),
+    "brier": Metric("", "lower", 4, "mean squared distance between probabilities and truth, summed over the classes, likewise"),
+    "auroc": Metric("", "higher", 4, "share of pairs of a right and a wrong answer in which the right one is surer, likewise"),
+    "overthinking": Metric("%", "lower", 2, "share of test samples that are right at this exit and wrong at the last"),
     "spent": Metric("", "", 3, "mean cost on test as a fraction of the reference's last exit"),
-    "exit_flips": Metric("%", "lower", 2, "share of test samples that leave at another exit than under FP32 with the same arm"),
+    "budget_violation": Metric(
+        "%",
+        "lower",
+        2,
+        "spent on test over the budget asked, as a share of the budget: over 0 is too much; bootstrapped 95 % limits",
+    ),
+    "exit_flips": Metric(
+        "%",
+        "lower",
+        2,
+        "share of test samples that leave at another exit than the reference: the same network in FP32 under its own policy for "
+        "this budget, whatever the arm here; for the arm retrained, another training of it under the policy that both share",
+    ),
+    "earlier_flips": Metric("%", "", 2, "share of test samples that leave earlier than there"),
+    "later_flips": Metric("%", "", 2, "share of test samples that leave later than there"),
+    "harmful_flips": Metric(
+        "%",
+        "lower",
+        2,
+        "share that leaves elsewhere, is answered wrong, and would be right at the reference's exit of this network",
+    ),
+    "helpful_flips": Metric(
+        "%",
+        "higher",
+        2,
+        "share that leaves elsewhere, is answered right, and would be wrong there; all but harmful ones are harmless",
+    ),
+    "prediction_flips": Metric(
+        "%", "lower", 2, "share of test samples that are answered with another class than the reference's"
+    ),
+    "regret": Metric(
+        "points",
+        "lower",
+        2,
+        "accuracy of this network's own curve at the cost that was spent, minus the accuracy here; bootstrapped 95 % limits. The "
+        "curve: the same policy refitted on val at 25 budgets (9 if it learns) and those asked, on test, joined by straight lines",
+    ),
+    "recovered": Metric(
+        "%", "higher", 0, "1 - regret / regret of the arm kept; absent where the lower limit of the latter is not over 0"
+    ),
+    "area": Metric(
+        "%",
+        "higher",
+        2,
+        "area under that curve from the cost of the cheapest exit to that of the last, over its width: a mean accuracy",
+    ),
+    "accuracy_at_macs": Metric("%", "higher", 2, "accuracy that the curve reads where the expected MACs are exactly the budget"),
+    "accuracy_at_bops": Metric(
+        "%", "higher", 2, "likewise at the budget's share of the BOPs of the reference's last exit in FP32"
+    ),
+    "accuracy_at_ms": Metric(
+        "%", "higher", 2, "likewise at its share of the mean latency of the reference's last exit, by the exits' mean latencies"
+    ),
+    "gain": Metric(
+        "points", "higher", 2, "paired: accuracy here minus that of the experiment's first policy, same network, budget, arm"
+    ),
     "same_exits": Metric("%", "higher", 1, "share of executed samples that left at the exit that the policy takes offline"),
 }

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
+from anytime.decided import example
 from anytime.errors import UsageError, WriteError, near
 from anytime.metrics import METRICS
 from anytime.rows import NAN, Row, absent, listed
 from anytime.rows import rows as rows
+from anytime.styles import LATEX, MD, PLAIN, Style, md_table
 
 FORMATS = ("md", "csv", "tex")
 _CELL = listed("status reason execution simulated noisy front accuracy latency_ms_p50 size_bytes loss loss_lo loss_hi loss_upper")
@@ -31,6 +32,11 @@ _POLICIES = listed(
     "dataset network column execution policy arm budget board train_seeds spent exit_shares accuracy loss static_loss macs "
     f"static_macs exit_flips int8_macs_share same_exits {_MEASURED}"
 )
+_DECISIONS = listed(
+    "network column execution floor policy arm budget spent budget_violation exit_flips sides harm prediction_flips accuracy "
+    "gain regret recovered ece auroc"
+)
+_CURVES = listed("network column execution policy budget board accuracy_at_macs accuracy_at_bops accuracy_at_ms area")
 _MISSED = listed("dataset network column backend of policy arm budget board train_seeds status reason")
 _TITLES = {
     "dataset": "data set",
@@ -39,6 +45,16 @@ _TITLES = {
     "loss": "loss (points) [95 %], upper limit",
     "static_loss": "loss to its static twin (points) [95 %], upper limit",
     "static_macs": "MACs of its static twin's (%)",
+    "budget_violation": "budget violation (%) [95 %]",
+    "exit_flips": "exit flips (%) [95 %]",
+    "sides": "earlier + later (%)",
+    "harm": "harmful, helpful (%)",
+    "gain": "gain over the first policy (points) [95 %]",
+    "regret": "regret (points) [95 %]",
+    "accuracy_at_macs": "accuracy at equal MACs (%)",
+    "accuracy_at_bops": "at equal BOPs (%)",
+    "accuracy_at_ms": "at equal latency (%)",
+    "area": "area under the curve (%)",
     "speedup_over": "over",
     "bops": "BOPs (G)",
     "macs": "MACs (M)",
@@ -47,10 +63,13 @@ _TITLES = {
     "macs_by_bits": "MACs by bits",
     "worst_layer": "noisiest layer (SQNR)",
 }
+ARMS = ("kept", "temperature", "share-matched", "refitted")
+_SIDES, _HARMS = ("earlier", "later"), ("harmful", "helpful")
 MARKS = {
     "†": "† scored with simulated arithmetic, never timed; its MB are its parameters at their true bit widths.",
     "~": "~ measured while other work kept the machine busy.",
 }
+BOUND = "‡ a bound: it uses what no board can know."
 PAIRED = (
     "Accuracy of the same network and exit in FP32 minus its accuracy here, paired over the test samples: points, two-sided 95 % "
     "interval, then the upper one-sided 95 % limit, which is what a claim of being within x of FP32 has to stay under."
@@ -93,10 +112,10 @@ def show(rows: pd.DataFrame, fmt: str = "text") -> str:
         # Counts whole, all else to 12 digits: the last ones differ between processors, and tables are compared byte by byte.
         return rows.to_csv(index=False, float_format=_digits, lineterminator="\n")
     if fmt == "text":
-        blocks = [*_pivots(rows, _PLAIN), *_warnings(rows)]
+        blocks = [*_pivots(rows, PLAIN), *_warnings(rows)]
     elif fmt == "tex":
         head = f"% {rows.attrs['exp']}: written by anytime.report; needs \\usepackage{{booktabs}}"
-        blocks = [head, *_pivots(rows, _LATEX)]
+        blocks = [head, *_pivots(rows, LATEX)]
     elif fmt == "md":
         blocks = _markdown(rows)
     else:
@@ -105,7 +124,7 @@ def show(rows: pd.DataFrame, fmt: str = "text") -> str:
 
 
 def write(records_root: Path, exp: str, out_root: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Write tables/<exp>.<format> and figures/<exp>.svg under ``out_root``; the same records give the same bytes.
+    """Write tables/<exp>.<format> and figures/<exp>*.svg under ``out_root``; the same records give the same bytes.
 
     Raises UsageError for an unknown format or an experiment without records, WriteError when a file cannot be written.
     """
@@ -114,13 +133,14 @@ def write(records_root: Path, exp: str, out_root: Path, formats: Sequence[str] =
     if unknown := [fmt for fmt in formats if fmt not in FORMATS]:
         raise UsageError(f"there is no report format {unknown[0]!r}; {near(unknown[0], FORMATS)}")
     frame = rows(records_root, exp)
-    paths = [out_root / "tables" / f"{exp}.{fmt}" for fmt in formats] + [out_root / "figures" / f"{exp}.svg"]
+    pictures = {out_root / "figures" / f"{exp}{suffix}.svg": picture for suffix, picture in figures.pictures(frame).items()}
+    paths = [*(out_root / "tables" / f"{exp}.{fmt}" for fmt in formats), *pictures]
     for path in paths:
         temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".svg":
-                figures.draw(frame, temporary)
+                figures.draw(frame, temporary, pictures[path])
             else:
                 temporary.write_text(show(frame, path.suffix[1:]), encoding="utf-8")
             temporary.replace(path)
@@ -185,10 +205,20 @@ def _value(name: str, row: Row, notes: list[str]) -> str:
         return _network(row)
     if name == "execution":
         return f"{row[name]} †" if row["simulated"] else str(row[name])
+    if name == "policy" and row["bound"]:
+        return f"{row[name]} ‡"
+    if name == "sides":
+        return "" if absent(row["earlier_flips"]) else " + ".join(_say(f"{side}_flips", row[f"{side}_flips"]) for side in _SIDES)
+    if name == "harm":
+        return "" if absent(row["harmful_flips"]) else ", ".join(_say(f"{how}_flips", row[f"{how}_flips"]) for how in _HARMS)
+    if name in ("budget_violation", "exit_flips", "gain", "regret") and not absent(row[f"{name}_lo"]):
+        sign = "" if name == "exit_flips" else "+"
+        value, lo, hi = (f"{round(100 * row[name + limit], 2) + 0.0:{sign}.2f}" for limit in ("", "_lo", "_hi"))  # no -0.00
+        return f"{value} [{lo}, {hi}]"
     if name == "reason":
         return f"[{notes.index(row[name]) + 1}]" if row[name] else ""
     if name == "budget":
-        unit = " ms" if row["currency"] == "ms" else f" × {row['currency']}" if row["currency"] else ""
+        unit = {"ms": " ms", "accuracy": " accuracy", "": ""}.get(row["currency"], f" × {row['currency']}")
         return "" if absent(row[name]) else f"{row[name]:g}{unit}"
     if name == "accuracy" and not absent(row[name]):
         text = f"{_say(name, row[name])} [{_say('accuracy_lo', row['accuracy_lo'])}, {_say('accuracy_hi', row['accuracy_hi'])}]"
@@ -214,7 +244,7 @@ def _table(said: Sequence[Row], names: Sequence[str], notes: list[str]) -> str:
     """A Markdown table of those columns that say anything."""
     columns = [(_title(name), [_value(name, row, notes) for row in said]) for name in names]
     told = [(title, values) for title, values in columns if any(value not in ("", "–") for value in values)]
-    return _md_table([title for title, _ in told], list(zip(*(values for _, values in told), strict=True))) if told else ""
+    return md_table([title for title, _ in told], list(zip(*(values for _, values in told), strict=True))) if told else ""
 
 
 def _notes(rows: pd.DataFrame) -> list[str]:
@@ -249,7 +279,7 @@ def _difference(cell: Row, mixed: bool) -> str:
     return f"{text} †" if cell["simulated"] and text != "–" else text
 
 
-def _pivots(rows: pd.DataFrame, style: _Style) -> Iterator[str]:
+def _pivots(rows: pd.DataFrame, style: Style) -> Iterator[str]:
     """For each board the pivot, and below it what must be said of its cells."""
     notes = _notes(rows)
     for board in _boards(rows) or ([""] if len(rows) else []):
@@ -280,13 +310,16 @@ def _markdown(rows: pd.DataFrame) -> list[str]:
     policies = [row for row in done if row["of"] in ("decide", "replay")]
     exits = [row for row in done if row["of"] in ("eval", "measure")]
     missed = [row for row in said if row["status"] != "done"]
-    blocks = [f"# {rows.attrs['exp']}", rows.attrs["question"], *_pivots(rows, _MD), *_warnings(rows)]
+    blocks = [f"# {rows.attrs['exp']}", rows.attrs["question"], *_pivots(rows, MD), *_warnings(rows)]
     if any(not absent(row["loss"]) for row in exits):
-        blocks += ["## Loss against FP32", PAIRED, _md_table(*_grid(pivot(rows), _difference))]
+        blocks += ["## Loss against FP32", PAIRED, md_table(*_grid(pivot(rows), _difference))]
     if exits:
         blocks += ["## Exits", _table(exits, _EXITS, notes)]
     if policies:
-        blocks += ["## Policies", _table(policies, _POLICIES, notes), *_kept(policies)]
+        shown = [row for row in policies if row["arm"] == "refitted" or absent(row["regret"])]  # what is left out, is told below
+        blocks += ["## Policies", _table(shown, _POLICIES, notes)]
+        blocks += [BOUND] if any(row["bound"] for row in policies) else []
+        blocks += _decisions(policies, notes) or _kept(policies)
     if notes:
         numbered = "  \n".join(f"[{i}] {note}" for i, note in enumerate(notes, 1))
         blocks += ["## Skipped and failed", _table(missed, _MISSED, notes), numbered]
@@ -297,7 +330,40 @@ def _markdown(rows: pd.DataFrame) -> list[str]:
     blocks += ["## Made with", "\n".join(f"- {line}" for line in lines)]
     used = [name for name in METRICS if rows[name].notna().any()]
     meanings = [[_title(name), METRICS[name].better or "–", METRICS[name].meaning] for name in used]
-    return [*blocks, "## Words", _md_table(["column", "better", "meaning"], meanings)] if used else blocks
+    return [*blocks, "## Words", md_table(["column", "better", "meaning"], meanings)] if used else blocks
+
+
+def _decisions(policies: Sequence[Row], notes: list[str]) -> list[str]:
+    """A table per data set of what each arm decided and what it cost, and one of the curves."""
+    judged = [row for row in policies if not absent(row["regret"])]
+    once: dict[Any, Row] = {}
+    for row in judged:  # boards repeat what is decided
+        fitted_on = row["board"] if row["currency"] == "ms" else ""
+        once.setdefault((row["cell"], row["policy"], row["budget"], row["arm"], fitted_on), row)
+    blocks = ["## Decisions", *_side_by_side(list(once.values()))] if judged else []
+    for dataset in dict.fromkeys(row["dataset"] for row in judged):
+        blocks += [f"### {dataset}", _table([row for row in once.values() if row["dataset"] == dataset], _DECISIONS, notes)]
+    for dataset in dict.fromkeys(row["dataset"] for row in judged):
+        own = [row for row in judged if row["dataset"] == dataset and row["arm"] == "refitted"]
+        blocks += [f"### {dataset}: accuracy at equal cost", _table(own, _CURVES, notes)] if own else []
+    return blocks
+
+
+def _side_by_side(judged: Sequence[Row]) -> list[str]:
+    """The arms of the policy that stands for all, side by side: what a reader wants first."""
+    shown = example(list(dict.fromkeys(row["policy"] for row in judged if row["arm"] == "share-matched")))
+    lines: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
+    for row in judged:
+        if row["policy"] in shown and not row["reference"]:
+            who = tuple(_value(name, row, []) for name in ("dataset", "network", "column", "execution", "policy", "budget"))
+            lines[who][row["arm"]] = row
+    arms = [arm for arm in ARMS if any(arm in line for line in lines.values())]
+    asked = [("budget_violation", arm) for arm in arms] + [("regret", arm) for arm in arms]
+    asked += [("recovered", arm) for arm in arms if arm not in ("kept", "refitted")]
+    header = ["data set", "network", "column", "execution", "policy", "budget"]
+    header += [f"{_title(name).removesuffix(' [95 %]')} {arm}" for name, arm in asked]
+    body = [[*who, *(_say(name, line[arm][name]) if arm in line else "" for name, arm in asked)] for who, line in lines.items()]
+    return [md_table(header, body)] if body else []
 
 
 def _kept(policies: Sequence[Row]) -> list[str]:
@@ -316,43 +382,4 @@ def _kept(policies: Sequence[Row]) -> list[str]:
             body.append([*who, *pair[:2], gain, *pair[2:]])
     header = ["data set", "network", "column", "execution", "policy", "budget", "accuracy (%) kept", "refitted", "gain (points)"]
     header += ["spent kept", "refitted", "exit flips (%) kept", "refitted"]
-    return ["## Kept and refitted thresholds", _md_table(header, body)] if body else []
-
-
-def _md_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _text_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [[_starred(cell) for cell in line] for line in (header, *body)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _tex_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    head, *lines = (" & ".join(map(_tex, line)) + r" \\" for line in (header, *body))
-    inside = "\n".join([r"\toprule", head, r"\midrule", *lines, r"\bottomrule"])
-    return f"\\begin{{tabular}}{{lll{'r' * (len(header) - 3)}}}\n{inside}\n\\end{{tabular}}"
-
-
-def _tex(text: str) -> str:
-    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text.translate(_TEX))
-
-
-def _starred(text: str) -> str:
-    return re.sub(r"\*\*(.+?)\*\*", r"\1*", text)
-
-
-class _Style(NamedTuple):
-    between: str
-    table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]
-    line: Callable[[str], str]
-
-
-_MD = _Style("  \n", _md_table, str)
-_PLAIN = _Style("\n", _text_table, _starred)
-_LATEX = _Style("\n\n", _tex_table, lambda text: r"\par\footnotesize " + _tex(text))
-_TEX = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\^{}", "–": "--"})
-_TEX |= str.maketrans({"<": "$<$", ">": "$>$", "×": r"$\times$", "≤": r"$\le$", "†": r"\textdagger{}", "·": r"$\cdot$"})
+    return ["## Kept and refitted thresholds", md_table(header, body)] if body else []

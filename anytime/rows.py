@@ -6,7 +6,6 @@ It needs neither torch nor the classes that the records name, so rows can be mad
 from __future__ import annotations
 
 import base64
-import math
 import os
 import statistics
 import zipfile
@@ -18,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from anytime import record
+from anytime.decided import first_policy, limits, over_seeds, reached, reading_ms, readings, recovered
 from anytime.errors import UsageError, near
 from anytime.gather import NAN as NAN
 from anytime.gather import Asked, Network, asked_of, gather, key_of, noisy, order, train_seed_of
@@ -34,16 +33,20 @@ COLUMNS = listed(
     "column exit currency spent spent_val loss loss_lo loss_hi loss_upper static_loss static_loss_lo static_loss_hi "
     "static_loss_upper static_macs ece nll exit_flips exit_shares packed_bytes "
     "activation_bytes own_macs own_latency_ms_p50 latency_ms_mean latency_ms_spread n_sessions n_timed same_exits "
-    "same_answers macs_by_bits worst_layer front simulated noisy reference of seed variant cell exclusions"
+    "same_answers macs_by_bits worst_layer front simulated noisy reference of seed variant cell exclusions "
+    "brier auroc overthinking nll_reached brier_reached ece_reached auroc_reached budget_violation budget_violation_lo "
+    "budget_violation_hi exit_flips_lo exit_flips_hi earlier_flips later_flips harmful_flips helpful_flips prediction_flips "
+    "regret regret_lo regret_hi recovered area accuracy_at_macs accuracy_at_bops accuracy_at_ms gain gain_lo gain_hi bound floor"
 )
 _WORDS = listed(
     "exp model dataset backend execution policy arm board train_seeds speedup_over status reason column currency exit_shares of "
-    "macs_by_bits worst_layer variant cell exclusions"
+    "macs_by_bits worst_layer variant cell exclusions floor nll_reached brier_reached ece_reached auroc_reached"
 )
 _WHOLE = listed("n exit n_sessions n_timed seed")
-_TRUTH = listed("front simulated noisy reference")
+_TRUTH = listed("front simulated noisy reference bound")
 _SCORED = listed(
-    "macs bops params packed_bytes activation_bytes own_macs agreement int8_macs_share ece nll spent spent_val exit_flips"
+    "macs bops params packed_bytes activation_bytes own_macs agreement int8_macs_share ece nll brier auroc overthinking spent "
+    "spent_val budget_violation exit_flips earlier_flips later_flips harmful_flips helpful_flips prediction_flips regret area"
 )
 _TIMED = listed("latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_mean cpu_ms own_latency_ms_p50 same_exits same_answers")
 _FLEETING = ("noisy", "pressure", "waiting", "stopwatch", "load", "mhz", "interleaved")  # facts of a minute, not of a board
@@ -67,9 +70,11 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
     reference, then value and limits are averaged. It is NaN on the reference's own rows, and where a policy answers anything
     but the class of the exit taken. ``static_loss`` is the same against the network without exits in the reference backend,
     ``static_macs`` the MACs as a share of that one's. What a policy row says of params, bytes and agreement is the whole
-    network's. ``front``: see ``mark_front``; ``of`` names the fact that a row reports (eval, measure, decide, replay) or that
-    its skip or fail stands in for; ``variant`` the fields in which cells of equal labels differ. ``attrs`` carry exp,
-    question, troubles (a sentence per file that could not be used) and provenance (lines).
+    network's; what it says of decisions is explained by the glossary (metrics.METRICS), its limits are bootstrapped (one seed) or
+    t-intervals over seeds. ``bound``: a policy that no board can run; ``floor``: what flips come to without any compression,
+    by another engine or by training again. ``front``: see ``mark_front``; ``of`` names the fact that a row reports (eval,
+    measure, decide, replay) or that its skip or fail stands in for; ``variant`` the fields in which cells of equal labels
+    differ. ``attrs`` carry exp, question, troubles (a sentence per file that could not be used) and provenance (lines).
     Raises UsageError where no record of ``exp`` lies.
     """
     loaded = record.load(records_root, exp)
@@ -98,14 +103,14 @@ def mark_front(rows: Sequence[Row]) -> None:
     A row is on the front unless a cheaper row of the same data set and board has an accuracy interval that reaches its own
     lower limit, or an equally cheap one an interval that lies above its own. Cost is the mean latency, for a policy's median is
     that of one of its exits (the median where no mean was recorded; MACs where nothing of that data set was timed). Rows that
-    were not timed beside rows that were are neither on the front nor in its way.
+    were not timed beside rows that were, and bounds that no board can run, are neither on the front nor in its way.
     """
     places: dict[Any, list[tuple[float, Row]]] = defaultdict(list)
     timed = {row["dataset"] for row in rows if not absent(row.get("latency_ms_p50"))}
     for row in rows:
         row["front"] = False
         cost: Any = _mean_ms(row) if row["dataset"] in timed else row.get("macs")
-        if not absent(cost) and not absent(row.get("accuracy")):
+        if not absent(cost) and not absent(row.get("accuracy")) and not row.get("bound"):
             places[row["dataset"], row["board"]].append((cost, row))
     for place in places.values():
         for cost, row in place:
@@ -120,7 +125,7 @@ class _Fold:
     """Networks -> rows: looks up what is seen only across networks, the references and the denominators of speed-ups."""
 
     def __init__(self, networks: Sequence[Network], troubles: list[str]) -> None:
-        self.troubles = troubles
+        self.networks, self.troubles = networks, troubles
         self.answers: dict[Path, Bools | None] = {}
         self.references: dict[tuple[str, str], Network] = {}
         self.statics: dict[tuple[str, str], list[Network]] = defaultdict(list)  # by the model that they are without its exits
@@ -147,12 +152,15 @@ class _Fold:
             row = network.common(points or network.cells) | _told(asked) | {"status": "done"}
             row |= _score(list(points.values())) | _whole(network, asked) | self._loss(network, asked)
             row |= self._against_static(network, asked, row.get("macs"))
+            if asked.exit is None:
+                row |= self._decided(network, asked, row)
             scored, timed = ("decide", "replay") if asked.exit is None else ("eval", "measure")
             row["reason"] = "" if points else f"the {scored} record is missing"
             for board in sorted(boards) or [asked.fitted_on]:
                 times = boards.get(board, [])
                 place = {"board": board, "of": timed if times else scored}
-                yield row | _times(times) | place | self._speedup(network, board, times)
+                at_ms = self._at_ms(network, asked, board) if asked.exit is None else {}
+                yield row | _times(times) | place | self._speedup(network, board, times) | at_ms
         missed = defaultdict(set)
         for r in network.missed:
             missed[r.kind, r.of, r.board, " ".join(r.reason.split()), asked_of(r, r.facts)].add(train_seed_of(r))
@@ -160,17 +168,58 @@ class _Fold:
             said = {"board": board, "status": kind, "of": of, "reason": reason}
             yield network.common(seeds) | _told(asked) | said
 
-    def _speedup(self, network: Network, board: str, ours: list[Row]) -> Row:
+    def _base(self, network: Network, board: str) -> tuple[Network, list[Row], str] | None:
+        """What it is timed against on this board."""
         bases = self.denominators.get((network.place, board), [])
         bases = [base for base in bases if base[0].family == network.family] or bases
         bases = [base for base in bases if base[0].label("execution") == network.label("execution")] or bases
-        if not bases:
+        return bases[0] if bases else None
+
+    def _speedup(self, network: Network, board: str, ours: list[Row]) -> Row:
+        base = self._base(network, board)
+        if base is None:
             return {}
-        _, theirs, name = bases[0]
+        _, theirs, name = base
         above, below = _ms_by_session(theirs), _ms_by_session(ours)
         shared = sorted(above.keys() & below.keys() - {""}) or [""]
         ratio = _mean(above[session] / below[session] for session in shared if below[session])
         return {} if absent(ratio) else {"speedup": ratio, "speedup_over": name}
+
+    def _at_ms(self, network: Network, asked: Asked, board: str) -> Row:
+        base = self._base(network, board)
+        whole = base[1] if base else []
+        if any(p.get("budgets_of") == "own" for p in network.scores.get(asked, {}).values()):
+            whole = self._own_last_exit(network, board)
+        exits = {a.exit: boards[board] for a, boards in network.times.items() if a.exit is not None and board in boards}
+        ms = {k: _mean_ms(_times(points)) for k, points in exits.items()}
+        return reading_ms(network, asked, ms, _mean_ms(_times(whole))) if whole and ms else {}
+
+    def _own_last_exit(self, network: Network, board: str) -> list[Row]:
+        """Times of the last exit of the same network in the reference's column, in the same execution if it was timed there."""
+        reference = self.references.get((network.family, network.model))
+        forms = [n for n in self.networks if reference and (n.family, n.model) == (network.family, network.model)]
+        forms = [n for n in forms if reference and n.label("column") == reference.label("column")]
+        timed = {}
+        for n in forms:
+            exits = [a for a, boards in n.times.items() if a.exit is not None and board in boards]
+            if exits:
+                timed[n.label("execution")] = n.times[max(exits, key=lambda a: a.exit or 0)][board]
+        return timed.get(network.label("execution")) or next(iter(timed.values()), [])
+
+    def _decided(self, network: Network, asked: Asked, row: Row) -> Row:
+        """What is said of decisions only."""
+        points = list(network.scores.get(asked, {}).values())
+        reference = self.references.get((network.family, network.model))
+        same = reference and reference is not network and reference.label("column") == network.label("column")
+        said = limits(points) | reached(points) | recovered(network, asked, row)
+        said |= readings(network, asked) if points else {}
+        said |= {"bound": any(p.get("bound") for p in points)}
+        said |= {"floor": "trained again" if asked.arm == "retrained" else "FP32 by another engine" if same else ""}
+        if first := first_policy(network, asked):
+            loss = self._paired(network, first, network, asked, "loss")
+            if loss:
+                said |= {"gain": -loss["loss"], "gain_lo": -loss["loss_hi"], "gain_hi": -loss["loss_lo"]}
+        return said
 
     def _loss(self, network: Network, asked: Asked) -> Row:
         reference = self.references.get((network.family, network.model))
@@ -212,14 +261,16 @@ class _Fold:
         try:
             if asked.exit is not None:
                 return np.asarray(right[asked.exit])
-            exits = np.frombuffer(zlib.decompress(base64.b64decode(point.get("taken", ""))), np.uint8)
+            if "right" in point:  # it answers more than the class of the exit taken
+                return np.unpackbits(_unpacked(point["right"]), count=right.shape[1]).astype(bool)
+            exits = _unpacked(point.get("taken", ""))
             answered = np.asarray(right[exits, np.arange(right.shape[1])])
         except (ValueError, IndexError, zlib.error):
             self.troubles.append(
                 f"{asked.policy} of cell {network.cells[seed]}: its answers cannot be read, so its loss is left out"
             )
             return None
-        # A policy may answer with more than the logits of the exit taken; then these are not its answers.
+        # Without "right" a policy that answers more than the class of the exit taken cannot be known sample by sample.
         return answered if answered.sum() == point.get("n_right") else None
 
     def _read(self, path: Path) -> Bools | None:
@@ -232,6 +283,10 @@ class _Fold:
                 self.answers[path] = None
                 self.troubles.append(f"the predictions {path} cannot be read ({error}): paired losses of that cell are left out")
         return self.answers[path]
+
+
+def _unpacked(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
 
 
 def _whole(network: Network, asked: Asked) -> Row:
@@ -275,21 +330,16 @@ def _score(points: Sequence[Row]) -> Row:
     if not points:
         return {}
     shares, n = [float(p["accuracy"]) for p in points], min(int(p["n"]) for p in points)
-    interval = over_seeds(shares) if len(shares) > 1 else wilson(round(shares[0] * n), n)
+    interval = _cut(over_seeds(shares)) if len(shares) > 1 else wilson(round(shares[0] * n), n)
     taken = zip(*(p["share"] for p in points if p.get("share")), strict=True)
     row: Row = {name: _mean(p.get(name) for p in points) for name in _SCORED}
     row |= {"n": n, "exit_shares": "/".join(f"{statistics.fmean(shares):.3f}" for shares in taken)}
     return row | dict(zip(("accuracy", "accuracy_lo", "accuracy_hi"), interval, strict=True))
 
 
-def over_seeds(shares: Sequence[float]) -> Interval:
-    """Mean share of at least two training seeds with its 95 % t-interval, cut to [0, 1]: the spread of trainings, not of samples.
-
-    Source: Student, "The probable error of a mean", Biometrika 1908.
-    """
-    mean, half = statistics.fmean(shares), statistics.stdev(shares) / math.sqrt(len(shares))
-    half *= float(stdtrit(len(shares) - 1, 0.975))
-    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+def _cut(interval: Interval) -> Interval:
+    """To what a share can be."""
+    return Interval(interval.value, max(0.0, interval.lo), min(1.0, interval.hi))
 
 
 def _times(points: Sequence[Row]) -> Row:

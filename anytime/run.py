@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import traceback
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,16 +17,16 @@ import numpy as np
 import torch
 
 from anytime import machine
+from anytime.arms import Decider
 from anytime.board import Board, Replayed, Timing
 from anytime.config import Cell, Experiment, Suite
-from anytime.cost import Cost, In
 from anytime.dataset import DatasetSpec
 from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unsupported, UsageError, WriteError
-from anytime.facts import Fact, facts_of, measured, reference_cell, state
-from anytime.metrics import Floats, Predictions, accuracy
-from anytime.policy import PathCost, Policy
+from anytime.facts import Fact, facts_of, state
+from anytime.metrics import Floats, Predictions
+from anytime.policy import Policy
 from anytime.record import Kind, Record, append, load, newest
-from anytime.scoring import compact, eval_rows, int8_share, layer_rows, percentiles, ptflops_macs, size_bytes, timing_rows
+from anytime.scoring import compact, eval_rows, layer_rows, percentiles, ptflops_macs, size_bytes, timing_rows
 from anytime.spec import key, plain
 from anytime.train import Progress, silent, write_atomically
 from anytime.workshop import Workshop
@@ -51,7 +49,7 @@ class Runner:
         self.shop = Workshop(self.results, self.progress)
         self.root = self.results / "records"
         self.known = self._records()
-        self.fitted: dict[str, Policy] = {}
+        self.decider = Decider(self.exp, self.shop, lambda fact: self.known[fact][0] if fact in self.known else None)
         self.said: set[str] = set()
         self.unreadable: dict[DatasetSpec, DataError] = {}
         self.session = uuid4().hex[:8]  # measurements of one run, between which a ratio is fair
@@ -91,13 +89,16 @@ class Runner:
         groups: dict[str, list[Fact]] = defaultdict(list)
         for fact in predicting:
             c = fact.cell
-            groups[key((c.data, c.model, c.train_seed, c.seed))].append(fact)
+            if fact.arm != "retrained":  # that one needs two trainings
+                groups[key((c.data, c.model, c.train_seed, c.seed))].append(fact)
         if jobs > 1 and len(groups) > 1:
             self._in_parallel(list(groups.values()), jobs)
         else:
             for facts in groups.values():
                 self._of_readable(facts[0].cell.data, lambda facts=facts: self.predict_and_decide(facts))  # type: ignore[misc]
         for suite in self.exp.suites:
+            again = [f for f in predicting if f.arm == "retrained" and f.suite == suite]
+            self._of_readable(suite.data, lambda again=again: self.predict_and_decide(again))  # type: ignore[misc]
             for board in self.exp.boards if suite.data not in self.unreadable else ():
                 mine = [f for f in todo if f.suite == suite and f.board == board]
                 self._measure(suite, board, [f for f in mine if f.of == "measure"])
@@ -106,6 +107,7 @@ class Runner:
                         self._guarded(fact, self._decide)
                 self._replay(board, [f for f in mine if f.of == "replay"])
             self.shop.forget()
+            self.decider.forget()
         for error in self.unreadable.values():
             raise error
 
@@ -119,6 +121,7 @@ class Runner:
 
     def predict_and_decide(self, facts: Sequence[Fact]) -> None:
         """Facts of one trained network that need no board."""
+        self.decider.forget()
         for fact in facts:
             self._guarded(fact, self._eval if fact.of == "eval" else self._decide)
 
@@ -174,61 +177,7 @@ class Runner:
         self._write(fact, "eval", **rows, facts=facts, attachments={".npz": compact(test)})
 
     def _decide(self, fact: Fact) -> None:
-        assert fact.policy is not None
-        cell, exp = fact.cell, self.exp
-        predicted = self.shop.predictions(cell)
-        val, test = predicted["val"], predicted["test"]
-        cost = self.shop.cost(cell)
-        reference = self.shop.reference_cost(fact.suite, cell.seed)
-        asked_of, total = self._currency(fact, cell, cost, reference)
-        float_cell = reference_cell(cell, exp.reference_backend)
-        float_fact = replace(fact, cell=float_cell)
-        fitted = self._fit(replace(fact, cell=float_cell if fact.arm == "kept" else cell))
-        taken = fitted.exits(test.logits)
-        before = self._fit(float_fact).exits(self.shop.predictions(float_cell)["test"].logits)
-        answers = fitted.answer(test.logits, taken).argmax(-1)
-        right = answers == test.labels
-        share = np.bincount(taken, minlength=test.n_exits) / len(taken)
-        layers = self.known[fact.needs[0]][0].layers
-        point = {
-            "policy": plain(fitted), "policy_label": fact.policy.label, "arm": fact.arm, "budget": fact.budget, "currency": exp.currency,
-            "n": len(taken), "n_right": int(right.sum()), "accuracy": float(right.mean()), "share": share.tolist(),
-            "budget_cost": fact.budget * total, "spent": fitted.spends(test.logits, asked_of) / total,
-            "spent_val": fitted.spends(val.logits, asked_of) / total,
-            "macs": fitted.spends(test.logits, In(cost, "macs")), "bops": fitted.spends(test.logits, In(cost, "bops")),
-            "int8_macs_share": int8_share(cost, layers, fitted.uses(test.n_exits), share),
-            "exit_flips": None if cell == float_cell else float((taken != before).mean()),
-            "taken": base64.b64encode(zlib.compress(taken.astype(np.uint8).tobytes(), 9)).decode(),
-        }  # fmt: skip
-        self._write(fact, "decide", points=[point])
-
-    def _fit(self, fact: Fact) -> Policy:
-        """The policy fitted for this network and budget; fitted once."""
-        assert fact.policy is not None
-        name = key((fact.cell, fact.policy, fact.budget, fact.board))
-        if name not in self.fitted:
-            cost = self.shop.cost(fact.cell)
-            asked_of, total = self._currency(fact, fact.cell, cost, self.shop.reference_cost(fact.suite, fact.cell.seed))
-            val = self.shop.predictions(fact.cell)["val"]
-            try:
-                self.fitted[name] = fact.policy.fit(val, asked_of, fact.budget * total)
-            except Infeasible as error:  # in the user's terms: fractions of the reference, or ms
-                raise Infeasible(
-                    f"{fact.policy.label}: a budget of {fact.budget:g} lies under the cheapest path; the least possible is "
-                    f"{error.least / total:.4f} {'ms' if self.exp.currency == 'ms' else 'of the reference'}",
-                    error.least / total,
-                ) from error
-        return self.fitted[name]
-
-    def _currency(self, fact: Fact, cell: Cell, cost: Cost, reference: Cost) -> tuple[PathCost, float]:
-        """What a path costs in the experiment's currency, and the cost that budgets are multiples of (1 ms for ms)."""
-        if self.exp.currency == "ms":
-            assert fact.board is not None
-            timing = self.shop.timing(measured(cell, fact.board))
-            if timing is None:
-                raise Unsupported(f"a budget in ms needs {cell.backend.label} measured on {fact.board.name}, and it was not")
-            return timing, 1.0
-        return In(cost, self.exp.currency), float(reference.every(self.exp.currency)[-1])
+        self._write(fact, "decide", points=[self.decider.point(fact)])
 
     # Boards ----------------------------------------------------------------------------------------------------
 
@@ -281,7 +230,7 @@ class Runner:
         policies: dict[str, Policy] = {}
 
         def refit(f: Fact) -> None:
-            policies[f.name] = self._fit(replace(f, board=f.board if self.exp.currency == "ms" else None))
+            policies[f.name] = self.decider.fitted(replace(f, board=f.board if self.exp.currency == "ms" else None))
 
         for fact in facts:
             self._guarded(fact, refit)
@@ -305,7 +254,8 @@ class Runner:
             assert fact.policy is not None
             point = {
                 "policy_label": fact.policy.label, "arm": fact.arm, "budget": fact.budget, "currency": self.exp.currency, "n": len(x),
-                "accuracy": float((ran.answers == offline.labels).mean()), "offline_accuracy": accuracy(offline, exits),
+                "accuracy": float((ran.answers == offline.labels).mean()),
+                "offline_accuracy": float((answers == offline.labels).mean()),
                 "same_exits": float((ran.exits == exits).mean()), "same_answers": float((ran.answers == answers).mean()),
                 "share": (np.bincount(ran.exits, minlength=offline.n_exits) / len(x)).tolist(),
                 **percentiles(ran.wall_ms.ravel()), "latency_ms_mean": float(ran.wall_ms.mean()), "cpu_ms": float(ran.cpu_ms.mean()),

@@ -14,22 +14,25 @@ from torch import nn
 
 from anytime.backend import Deployable
 from anytime.board import Timing
-from anytime.cost import Cost, LinkCost
+from anytime.cost import Cost, LayerCost, LinkCost
 from anytime.dataset import torchvision
-from anytime.metrics import Floats, Predictions, correct, ece, nll
+from anytime.decisions import confidence, overthinking
+from anytime.metrics import Floats, Predictions, correct
+from anytime.record import Record
 
 
 def eval_rows(test: Predictions, cost: Cost, agreement: Floats, executed: dict[str, str] | None) -> list[dict[str, Any]]:
     """One row per exit: what it scores, and what leaving there costs with every head on the way run."""
     right, int8 = correct(test), only_int8(cost, executed).every("macs") if executed else None
     every = {what: cost.every(what) for what in ("macs", "bops", "params", "packed_bytes")}
+    over = overthinking(right)
     rows = []
     for k in range(test.n_exits):
         passed = slice(0, k + 1)
         rows.append(
             {
                 "exit": k, "n": len(test.labels), "n_right": int(right[k].sum()), "accuracy": float(right[k].mean()),
-                "nll": nll(test.logits[k], test.labels), "ece": ece(test.logits[k], test.labels),
+                **confidence(test.logits[k], test.labels), "overthinking": float(over[k]),
                 **{what: float(values[k]) for what, values in every.items()},
                 "activation_bytes": float(max(part.activation_bytes[passed].max() for part in (cost.stage, cost.head))),
                 "own_macs": cost.path((k,), k), "stage_macs": float(cost.stage.macs[k]), "head_macs": float(cost.head.macs[k]),
@@ -38,6 +41,22 @@ def eval_rows(test: Predictions, cost: Cost, agreement: Floats, executed: dict[s
             }
         )  # fmt: skip
     return rows
+
+
+def recorded_cost(evaluated: Record, restarts: bool) -> Cost:
+    """MACs and BOPs as an eval record tells them, layer by layer; parameters and bytes are NaN: it has them not link by link."""
+    layers = tuple(LayerCost(**{name: row[name] for name in LayerCost._fields}) for row in evaluated.layers)
+    n = len(evaluated.exits)
+
+    def link(head: bool) -> LinkCost:
+        macs, bops = np.zeros(n), np.zeros(n)
+        for layer in layers:
+            if layer.head == head:
+                macs[layer.exit] += layer.macs
+                bops[layer.exit] += layer.bops
+        return LinkCost(macs, bops, *(np.full(n, np.nan) for _ in range(3)))
+
+    return Cost(link(False), link(True), layers, restarts)
 
 
 def layer_rows(cost: Cost, executed: dict[str, str] | None, sqnr: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import torch
 
 from anytime.backend import Deployable, TorchNet
 from anytime.board import Timing
-from anytime.config import Cell, Suite
+from anytime.config import Cell
 from anytime.cost import Cost, account
 from anytime.dataset import Data, DatasetSpec, Part
 from anytime.metrics import Floats, Predictions
@@ -27,8 +27,9 @@ from anytime.models.static import Static
 from anytime.spec import key
 from anytime.train import Progress, Recipe, Trainer, silent, write_atomically
 
-Predicted = Literal["tune", "val", "hold", "test"]
+Predicted = Literal["tune", "val", "hold", "test", "calib"]
 PREDICTED: tuple[Predicted, ...] = get_args(Predicted)
+USUAL = PREDICTED[:4]  # calib came later: what was predicted before lacks it, and does well without until it is asked for
 
 
 class Workshop:
@@ -58,11 +59,17 @@ class Workshop:
         net = model.build(parts.input_shape, parts.n_classes)
         if net.trained_on:
             return net.eval()  # published weights are taken as they are
-        if recipe.start == "static":
+        trainer = self.trainer(data, model, recipe, train_seed, seed)
+        if recipe.start == "static" and not self._finished(trainer):
             trunk = _trunk(model)
             base = self.trained(data, trunk, replace(recipe, start="scratch"), train_seed, seed)
             _inherit(net, base, alike=trunk == model)
-        return self.trainer(data, model, recipe, train_seed, seed).fit(net)
+        return trainer.fit(net)
+
+    def _finished(self, trainer: Trainer) -> bool:
+        """Whether its weights lie in the cache or in the zoo, so that nobody needs those that it began from."""
+        name = trainer.place("base")
+        return any(p.exists() for p in (self.cache / "trained" / name / "weights.safetensors", self.zoo / f"{name}.safetensors"))
 
     def trainer(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> Trainer:
         """The trainer of a cell; its key names the training."""
@@ -92,23 +99,28 @@ class Workshop:
         """Let go of the networks."""
         self._nets.clear()
 
-    def predictions(self, cell: Cell) -> dict[Predicted, Predictions]:
-        """What the cell's network says about tune, val, hold and test; predicted once."""
+    def predictions(self, cell: Cell, wanted: tuple[Predicted, ...] = USUAL) -> dict[Predicted, Predictions]:
+        """What the cell's network says about the ``wanted`` parts, and maybe more; predicted once."""
         path = self.cache / "predictions" / f"{key(cell)}.npz"
         parts = self.data(cell.data, cell.seed)
-        held = _read_arrays(path)
-        content = np.array([getattr(parts, name).digest for name in PREDICTED])
-        if held is None or not np.array_equal(held.get("content", ""), content):
+        held = _read_arrays(path) or {}
+        digests = {name: getattr(parts, name).digest for name in PREDICTED}
+        known = dict(zip(PREDICTED, map(str, held.get("content", ())), strict=False))
+        there = [name for name in PREDICTED if name in held and known.get(name) == digests[name]]
+        if not set(wanted) <= set(there):
             net = self.net(cell)
             t0 = perf_counter()
-            held = {"content": content, "trained_on": np.array(sorted(net.twin.trained_on), dtype=np.str_)}
+            held["trained_on"] = np.array(sorted(net.twin.trained_on), dtype=np.str_)
             for i, name in enumerate(PREDICTED):
                 self.progress(f"predict {name} with {cell.model.label} {cell.backend.label}", i, len(PREDICTED))
-                held[name] = net.predict(getattr(parts, name).x.numpy())
+                if name not in there:
+                    held[name] = net.predict(getattr(parts, name).x.numpy())
+            there = list(PREDICTED)
+            held["content"] = np.array([digests[name] for name in PREDICTED])
             self.wall_s.setdefault(key(cell), {})["predict"] = perf_counter() - t0
             _write_arrays(path, held)
         seen = frozenset(str(s) for s in held["trained_on"])
-        return {name: _predictions(held[name], getattr(parts, name), seen) for name in PREDICTED}
+        return {name: _predictions(held[name], getattr(parts, name), seen) for name in there}
 
     def agreement(self, cell: Cell, predicted: Floats) -> Floats:
         """[E]: share of test samples on which the engine and its twin say the same class."""
@@ -122,10 +134,10 @@ class Workshop:
         """Counted on the cell's network."""
         return account(self.net(cell), self.data(cell.data, cell.seed).input_shape)
 
-    def reference_cost(self, suite: Suite, seed: int) -> Cost:
-        """In FP32, of the suite's first network, untrained: what budgets are fractions of."""
-        parts = self.data(suite.data, seed)
-        net = suite.models[0].build(parts.input_shape, parts.n_classes)
+    def untrained_cost(self, data: DatasetSpec, model: ModelSpec, seed: int) -> Cost:
+        """In FP32, of a network that nobody has trained."""
+        parts = self.data(data, seed)
+        net = model.build(parts.input_shape, parts.n_classes)
         return account(TorchNet(net, {}, simulated=False), parts.input_shape)
 
     def keep_timing(self, fact: str, timing: Timing) -> None:

@@ -99,7 +99,7 @@ def test_a_segment_is_calibrated_on_the_states_that_enter_it():
         state = model.stages[0](part.x)
     lo, hi = min(0.0, float(state.min())), max(0.0, float(state.max()))
     net = OrtQuantizer().compress(model, part, None)
-    graph = onnx.ModelProto.FromString(net._graph(Segment(1, 2, 1))).graph
+    graph = onnx.ModelProto.FromString(net.graph(Segment(1, 2, 1))).graph
     (scale,) = (onnx.numpy_helper.to_array(c) for c in graph.initializer if c.name == "state_scale")
     assert np.isclose(scale, (hi - lo) / 255, rtol=1e-5)
 
@@ -270,7 +270,7 @@ def test_nncf_without_onnx_runtimes_pass_would_run_in_float():
     executed = net.executed(x)
     assert {executed[name] for name in convolutions} == {"int8"}
     assert executed["heads.0.2"] == "fp32"  # no quantizer behind the logits
-    net._float_biases = False
+    net.float_biases = False
     assert set(net.executed(x).values()) == {"fp32"}
 
 
@@ -279,7 +279,7 @@ def test_bits_are_read_back_from_graphs():
     net = OnnxRuntime(of=PTQ(keep_float=("heads.1.0",))).compress(trained(), data().calib, None)
     found = {}
     for segment in net.plan(range(net.n_exits)):
-        found |= multiplied(net._graph(segment))
+        found |= multiplied(net.graph(segment))
     assert found == net.bits and "heads.1.0" not in found
     assert not multiplied(written(traced(trained()), SHAPE, Segment(0, 1, 0)))
 

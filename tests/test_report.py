@@ -7,6 +7,7 @@ Expected tables lie in tests/golden/tables; after a deliberate change, write the
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import math
@@ -14,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from anytime import figures, report
+from anytime.decided import over_seeds
 from anytime.errors import UsageError, WriteError
 from anytime.metrics import METRICS, paired_loss, wilson
 from anytime.record import load, newest
-from anytime.rows import COLUMNS, mark_front, over_seeds
+from anytime.rows import COLUMNS, mark_front
 from tests.golden.make import EXP, LABELS, Cell, Maker, N, first, make
 
 REPO = Path(__file__).parents[1]
@@ -137,7 +140,7 @@ def test_the_interval_over_seeds_is_student_s(shares: list[float]) -> None:
     mean, lo, hi = over_seeds(shares)
     expected = stats.t.interval(0.95, len(shares) - 1, loc=np.mean(shares), scale=stats.sem(shares))
     assert mean == pytest.approx(np.mean(shares))
-    assert (lo, hi) == pytest.approx((max(0, expected[0]), min(1, expected[1])), abs=1e-9)
+    assert (lo, hi) == pytest.approx(expected, abs=1e-9)
 
 
 def test_losses_are_paired_with_the_reference_of_the_same_exit(golden: pd.DataFrame) -> None:
@@ -377,6 +380,139 @@ def test_what_cannot_be_read_is_a_sentence_and_the_rest_stays(to: Maker, what: s
     assert trouble in report.show(rows, "md").partition("## Unreadable records")[2]
     assert len(pick(rows, backend="FP32")) == 3, "its neighbours are whole"
     assert len(pick(rows, backend="PTQ")) == {"points": 2, "exits": 1}.get(what, 3)
+
+
+# Decisions -------------------------------------------------------------------------------------------------------
+
+
+def decided(cell: Cell, early: int, arm: str, policy: str = "MaxProb", **said: Any) -> None:
+    """A decision as it is recorded since arms are compared; the first ``40 - early`` samples go on to exit 2."""
+    cell.decide(early, arm, flips=said.pop("flips", None))
+    path = sorted(cell.to.folder.glob(f"*decide-{cell.name}*"))[-1]
+    record = json.loads(path.read_text())
+    point = record["points"][0]
+    point |= {"policy_label": policy, "bound": False, "resamples": 500, "reference": {"macs": 2e5, "bops": 2e5 * 1024}} | said
+    record["fact"] += policy
+    path.write_text(json.dumps(record))
+
+
+def armed(to: Maker) -> pd.DataFrame:
+    curve = {"n_right": [32, 36], "macs": [1e5, 2e5], "bops": [6.4e6, 1.28e7], "counts": [[40, 0], [0, 40]]}
+    fp32 = Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)])
+    decided(fp32, 20, "refitted", policy_position=0, regret=0.0, budget_violation=0.0, curve=curve, area=0.85)
+    decided(fp32, 20, "retrained", policy_position=0, regret=0.01, flips=0.3)
+    same = Cell(to, 1, "B-LeNet", "OnnxRuntime(of=FP32)", "FP32", ORT).eval([first(8), first(4)])
+    decided(same, 20, "kept", policy_position=0, regret=0.0, flips=0.0, limits={"regret": [0.0, 0.0], "exit_flips": [0.0, 0.0]})
+    ptq = Cell(to, 2, "B-LeNet", "PTQ", "INT8 PTQ", ORT).eval([first(8, 10), first(3, 20, 21)], 8).measure(0.1, 0.2)
+    shared = {"policy_position": 0, "earlier_flips": 0.1, "later_flips": 0.15, "harmful_flips": 0.05, "helpful_flips": 0.025}
+    limits = {"regret": [0.01, 0.06], "budget_violation": [-0.05, 0.15], "exit_flips": [0.2, 0.3]}
+    decided(ptq, 24, "kept", regret=0.04, budget_violation=0.07, flips=0.25, limits=limits, **shared)
+    decided(ptq, 24, "share-matched", regret=0.01, budget_violation=0.01, flips=0.2, limits=limits, **shared)
+    decided(ptq, 24, "temperature", regret=-0.002, budget_violation=0.03, flips=0.2, limits=limits, **shared)
+    decided(
+        ptq,
+        24,
+        "refitted",
+        policy_position=0,
+        regret=0.0,
+        curve=curve,
+        nll_reached=[0.5, None],
+        reference={"macs": 2e5, "bops": 1e7},
+    )
+    answers = np.arange(N) >= 2  # an ensemble: it answers more than the exits do
+    packed = base64.b64encode(zlib.compress(np.packbits(answers).tobytes())).decode()
+    decided(ptq, 24, "refitted", "ZTW", policy_position=1, n_right=38, accuracy=0.95, right=packed)
+    decided(ptq, 40, "refitted", "Oracle", policy_position=2, bound=True, accuracy=1.0, n_right=40)
+    return rows_of(to)
+
+
+def test_recovered_is_the_share_of_kept_regret_that_is_gone(to: Maker) -> None:
+    ptq = pick(armed(to), backend="PTQ", policy="MaxProb")
+    assert one(ptq, arm="share-matched")["recovered"] == pytest.approx(0.75)
+    assert one(ptq, arm="temperature")["recovered"] == pytest.approx(1.05) and one(ptq, arm="refitted")["recovered"] == 1
+    assert math.isnan(one(ptq, arm="kept")["recovered"])
+    row = one(ptq, arm="kept")
+    assert (row["budget_violation_lo"], row["budget_violation_hi"]) == (-0.05, 0.15) and row["earlier_flips"] == 0.1
+
+
+def test_where_kept_thresholds_regret_nothing_there_is_nothing_to_recover(to: Maker) -> None:
+    cell = Cell(to, 0, "B-LeNet", "PTQ", "INT8 PTQ", ORT).eval([first(8), first(4)])
+    decided(cell, 20, "kept", regret=0.004, limits={"regret": [-0.001, 0.009]})
+    decided(cell, 20, "refitted", regret=0.0)
+    rows = rows_of(to)
+    assert rows["recovered"].isna().all() and one(rows, arm="kept")["regret_lo"] == -0.001
+
+
+def test_limits_over_several_training_seeds_are_student_s(to: Maker) -> None:
+    for seed, regret in enumerate((0.01, 0.03)):
+        cell = Cell(to, 0, "B-LeNet", "PTQ", "INT8 PTQ", ORT, seed).eval([first(8), first(4)])
+        decided(cell, 20, "kept", regret=regret, limits={"regret": [0.0, 0.1]})
+    row = one(rows_of(to), arm="kept")
+    assert (row["regret"], row["regret_lo"]) == (pytest.approx(0.02), pytest.approx(0.02 - 12.7062 * 0.01, abs=1e-5))
+
+
+def test_floors_are_named(to: Maker) -> None:
+    rows = pick(armed(to), policy="MaxProb")
+    assert {(row["backend"], row["arm"]): row["floor"] for _, row in rows.iterrows() if row["floor"]} == {
+        ("FP32", "retrained"): "trained again",
+        ("OnnxRuntime(of=FP32)", "kept"): "FP32 by another engine",
+    }
+
+
+def test_a_gain_is_paired_with_the_first_policy_even_of_an_ensemble(to: Maker) -> None:
+    rows = armed(to)
+    row = one(rows, policy="ZTW")
+    others = right({n for n in range(N) if n in (first(3, 20, 21) if n < 16 else first(8, 10))})
+    expected = paired_loss(others, right(first(2)))
+    assert (row["gain"], row["gain_lo"], row["gain_hi"]) == pytest.approx((-expected.value, -expected.hi, -expected.lo))
+    assert pick(rows, policy="MaxProb")["gain"].isna().all()
+
+
+def test_a_curve_is_read_at_equal_macs_bops_and_latency(to: Maker) -> None:
+    row = one(armed(to), backend="PTQ", policy="MaxProb", arm="refitted")
+    assert row["accuracy_at_macs"] == pytest.approx(0.8 + 0.1 * 0.5)  # 0.75 of 200 kMACs, half way between both points
+    assert row["accuracy_at_bops"] == pytest.approx(0.8 + 0.1 * (0.75e7 - 0.64e7) / 0.64e7)
+    assert row["nll_reached"] == "0.5000/–" and math.isnan(row["accuracy_at_ms"]), "no board timed the reference"
+    Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").measure(0.1, 0.24)
+    ptq = Cell(to, 2, "B-LeNet", "PTQ", "INT8 PTQ", ORT)
+    ptq.point = {"policy_label": "MaxProb", "arm": "refitted", "budget": 0.75, "currency": "macs"}
+    ptq.replay(0.15)
+    row = one(rows_of(to), backend="PTQ", policy="MaxProb", arm="refitted")
+    assert row["accuracy_at_ms"] == pytest.approx(0.8 + 0.1 * 0.8)  # 0.75 of 0.24 ms; the exits take 0.1 and 0.2
+
+
+def test_the_page_has_a_table_of_decisions_and_explains_its_words(to: Maker) -> None:
+    text = report.show(armed(to), "md")
+    table = text.partition("## Decisions")[2].partition("## ")[2].partition("\n## ")[0]
+    assert "+7.00 [-5.00, +15.00]" in table and "25.00 [20.00, 30.00]" in table and "10.00 + 15.00" in table
+    assert "+4.00 [+1.00, +6.00]" in table and "Oracle ‡" in text and "## Kept and refitted" not in text
+    side_by_side = [line for line in text.partition("## Decisions")[2].splitlines() if line.startswith("| Toy")]
+    assert side_by_side[1].endswith("| 7.00 | 3.00 | 1.00 | – | 4.00 | -0.20 | 1.00 | 0.00 | 105 | 75 |")
+    words = text.partition("## Words")[2]
+    for name in ("regret", "recovered", "harmful_flips", "budget_violation", "accuracy_at_bops", "area"):
+        assert METRICS[name].meaning in words
+    assert "overthinking" not in words, "nothing on the page"
+
+
+def test_a_bound_is_not_on_the_front(to: Maker) -> None:
+    rows = armed(to)
+    assert one(rows, policy="Oracle")["bound"] and not one(rows, policy="Oracle")["front"] and rows["front"].any()
+
+
+def test_arms_have_two_figures_more(to: Maker, tmp_path: Path) -> None:
+    rows = armed(to)
+    left, *bars = figures.shares(rows).axes
+    assert not bars and len(left.patches) == 2 * 3  # two exits of FP32, of FP32 in ONNX Runtime and of PTQ
+    assert sum(patch.get_height() for patch in left.patches) == pytest.approx(300)
+    axes = figures.arms(rows).axes
+    assert [len(a.lines) for a in axes] == [4, 4]  # FP32 and three arms, on both other backends
+    assert [p.name for p in report.write(to.folder.parent, EXP, tmp_path, [])] == [
+        "golden.svg", "golden_shares.svg", "golden_arms.svg",
+    ]  # fmt: skip
+
+
+def test_few_arms_have_one_figure(golden: pd.DataFrame) -> None:
+    assert list(figures.pictures(golden)) == [""]
 
 
 # The front -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A whole experiment on made-up data: every kind of fact, nothing twice, nothing lost."""
 
+import base64
 import json
 import os
 import shutil
@@ -7,27 +8,34 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from anytime import find
+from anytime.arms import Decider
 from anytime.backend import Backend
 from anytime.backends.float import Float16, Float32
 from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.ptq import PTQ
 from anytime.backends.qat import QAT
 from anytime.boards.host import Host
-from anytime.config import Experiment, Suite
+from anytime.config import ARMS, Experiment, Suite
 from anytime.datasets.synthetic import Synthetic
 from anytime.errors import AnytimeError, Unsupported, UsageError
 from anytime.facts import facts_of
 from anytime.models.static import Static
-from anytime.policies.threshold import Entropy
+from anytime.policies.confidence import Entropy, MaxProb
+from anytime.policies.patience import Patience
 from anytime.record import load
 from anytime.run import Runner
 from anytime.train import Recipe
+from anytime.workshop import Workshop
 from tests.worlds import Tiny
 
 ROOT = Path(__file__).parent.parent
@@ -306,6 +314,168 @@ def test_kept_thresholds_are_the_float_networks(done):
     floats = {(p["budget"]): p["policy"] for r, p in points if r.facts["backend"] == "Float32"}
     kept = [(p["policy"], floats[p["budget"]]) for r, p in points if p["arm"] == "kept"]
     assert kept and all(a == b for a, b in kept)
+
+
+@pytest.mark.parametrize("name", ["qat_branchynet", "quickstart"])
+def test_no_fact_that_is_recorded_has_moved(name):
+    """Records are for ever: whatever experiments learn to ask, what was answered keeps its name."""
+    asked = {f.name for f in facts_of(find.experiment(name))}
+    recorded = {json.loads(path.read_text())["fact"] for path in (ROOT / "results" / "records" / name).glob("*.json")}
+    assert recorded and recorded <= asked
+
+
+def test_a_finished_network_needs_no_trunk_to_begin_from(tmp_path):
+    data, recipe = experiment().suites[0].data, Recipe(epochs=1, batch=64, lr=1e-2, start="static")
+    first = Workshop(tmp_path / "a")
+    net = first.trained(data, Tiny(), recipe, 0, 0)
+    names = {p.name for p in (tmp_path / "a" / "cache" / "trained").iterdir()}
+    name = first.trainer(data, Tiny(), recipe, 0, 0).place("base")
+    assert len(names) == 2 and name in names
+    (tmp_path / "b" / "zoo").mkdir(parents=True)
+    for suffix in ("safetensors", "sha256"):
+        trained = tmp_path / "a" / "cache" / "trained" / name / f"weights.{suffix}"
+        shutil.copy(trained, tmp_path / "b" / "zoo" / f"{name}.{suffix}")
+    steps = []
+    again = Workshop(tmp_path / "b", lambda what, *_: steps.append(what)).trained(data, Tiny(), recipe, 0, 0)
+    assert not steps and all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+# Arms ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def armed(tmp_path_factory):
+    """Every arm of a policy with thresholds and of one without, two training seeds; results, and the policies added later."""
+    results = tmp_path_factory.mktemp("armed")
+    Runner(arms(), results, log=lambda line: None).run()
+    return results
+
+
+def arms(**fields):
+    suite = replace(experiment().suites[0], models=(Tiny(),))
+    given = dict(
+        suites=(suite,), backends=(Float32(), OnnxRuntime(of=Float32()), PTQ(4, 4)), policies=(MaxProb(), Patience()),
+        budgets=(0.6, 0.8), boards=(), arms=ARMS, train_seeds=(0, 1), recipe=Recipe(epochs=1, batch=64, lr=1e-2),
+    )  # fmt: skip
+    return experiment(**{**given, **fields})
+
+
+def points(results, **where):
+    said = [(r.facts | {"seed": r.spec["train_seed"]}, r.points[0]) for r in records(results, "decide")]
+    return [p for facts, p in said if all({**facts, **p}[name] == value for name, value in where.items())]
+
+
+def test_every_arm_says_what_it_did(armed):
+    said = {(r.facts["backend"], p["arm"]) for r in records(armed, "decide") for p in r.points}
+    others = {"refitted", "kept", "temperature", "share-matched"}
+    backends = {"OnnxRuntime(of=Float32)", "PTQ(weight_bits=4, activation_bits=4)"}
+    assert said == {("Float32", arm) for arm in ("refitted", "retrained")} | {(b, arm) for b in backends for arm in others}
+    skipped = records(armed, "skip")
+    assert len(skipped) == 2 * 2 * 2 and all("no threshold at each exit" in r.reason for r in skipped)  # Patience, share-matched
+    for p in points(armed):
+        assert p["tolerance"] == 0 and p["parts"]["val"].startswith("thresholds")
+        assert ("tune" in p["parts"]) == (p["arm"] == "temperature") and ("calib" in p["parts"]) == (p["arm"] == "share-matched")
+        assert p["spent_val"] <= p["budget"] + 1e-9 or p["arm"] != "refitted"
+        assert p["budget_violation"] == pytest.approx(p["spent"] / p["budget"] - 1)
+        lo, hi = p["limits"]["regret"]
+        assert lo - 1e-12 <= p["regret"] <= hi + 1e-12 and p["resamples"] > 100
+        if p["arm"] == "refitted":
+            assert abs(p["regret"]) < 0.02, "it lies on its own curve, but for points of equal cost"
+            assert len(p["curve"]["macs"]) == len(p["curve"]["counts"])
+            assert all(sum(counts) == p["n"] for counts in p["curve"]["counts"])
+
+
+def test_flips_are_counted_from_the_exits_in_the_records(armed):
+    def exits(p):
+        return np.frombuffer(zlib.decompress(base64.b64decode(p["taken"])), np.uint8).astype(int)
+
+    n = 0
+    for seed, policy, budget in product((0, 1), ("MaxProb", "Patience"), (0.6, 0.8)):
+        where = dict(seed=seed, policy_label=policy, budget=budget)
+        (before,) = points(armed, backend="Float32", arm="refitted", **where)
+        (again,) = points(armed, backend="Float32", arm="retrained", **where)
+        (other,) = points(armed, backend="Float32", arm="refitted", **where | {"seed": 1 - seed})
+        assert again["exit_flips"] == (exits(again) != exits(other)).mean()
+        assert {k: v for k, v in again["policy"].items()} == other["policy"], "the other training's policy"
+        for backend in ("OnnxRuntime(of=Float32)", "PTQ(weight_bits=4, activation_bits=4)"):
+            for p in points(armed, backend=backend, **where):
+                moved = exits(p) - exits(before)
+                assert p["exit_flips"] == (moved != 0).mean()
+                assert (p["earlier_flips"], p["later_flips"]) == ((moved < 0).mean(), (moved > 0).mean())
+                assert p["harmful_flips"] + p["helpful_flips"] <= p["exit_flips"] + 1e-12
+                n += 1
+    assert n == 2 * 2 * 2 * 2 * 4 - 8
+
+
+def test_temperature_leaves_the_float_network_as_it_was_and_shares_are_matched_on_calib(armed):
+    for p in points(armed, backend="OnnxRuntime(of=Float32)", policy_label="MaxProb"):
+        # The same network by another engine; thresholds that were matched lie elsewhere between the same calib scores.
+        assert p["exit_flips"] <= (0.1 if p["arm"] == "share-matched" else 0.02)
+        if p["arm"] == "temperature":
+            assert p["policy"]["temperatures"] == pytest.approx([1.0] * 3, abs=1e-3)
+    exp, shop = arms(), Workshop(armed)
+    for fact in (f for f in facts_of(exp) if f.arm == "share-matched" and f.policy == MaxProb()):
+        decider = Decider(exp, shop, lambda name: None)
+        matched, kept = decider.fitted(fact), decider.fitted(replace(fact, arm="kept"))
+        there, here = (shop.predictions(cell, ("calib",))["calib"] for cell in (fact.against, fact.cell))
+        shares = [np.bincount(p.leave(c), minlength=3) / len(c.labels) for p, c in ((kept, there), (matched, here))]
+        np.testing.assert_allclose(shares[0], shares[1], atol=2 / len(here.labels))
+
+
+def test_costs_come_back_from_the_records(armed):
+    exp, shop = arms(), Workshop(armed)
+    by_name = {r.fact: r for r in records(armed, "eval")}
+    decider = Decider(exp, shop, by_name.get)
+    for cell in (c for c in exp.cells() if c.train_seed == 0):
+        said, counted = decider.cost(cell), shop.cost(cell)
+        assert np.isnan(said.stage.params).all(), "it came from the record"
+        for uses, k, what in product(((0, 1, 2), (2,), (0, 2)), range(3), ("macs", "bops")):
+            assert said.path(uses, k, what) == counted.path(uses, k, what) > 0
+        assert said.layers == counted.layers
+
+
+def test_a_policy_or_an_arm_added_later_runs_no_network(armed, tmp_path, monkeypatch):
+    shutil.copytree(armed, tmp_path / "r")
+
+    def refuse(self, *args):
+        raise AssertionError("a network was asked for")
+
+    for name in ("net", "trained", "cost"):
+        monkeypatch.setattr(Workshop, name, refuse)
+    exp = arms(policies=(MaxProb(), Patience(), Entropy()))
+    Runner(exp, tmp_path / "r", log=lambda line: None).run()
+    assert points(tmp_path / "r", policy_label="Entropy") and not records(tmp_path / "r", "fail")
+    assert not Runner(exp, tmp_path / "r", log=lambda line: None).todo()
+
+
+def test_an_accuracy_may_be_asked_for_instead_of_a_cost(armed, tmp_path):
+    shutil.copytree(armed, tmp_path / "r")
+    wanted = arms(currency="accuracy", budgets=(0.3, 1.0), policies=(MaxProb(),), arms=("refitted", "kept"), train_seeds=(0,))
+    Runner(wanted, tmp_path / "r", log=lambda line: None).run()
+    said = points(tmp_path / "r", currency="accuracy", budget=0.3)
+    assert len(said) == 5 and all(p["budget_cost"] is None and "budget_violation" not in p for p in said)
+    assert all(p["spent_val"] <= 1 for p in said)
+    assert any("out of reach" in r.reason for r in records(tmp_path / "r", "skip") if r.facts["budget"] == 1.0)
+
+
+def test_budgets_may_be_fractions_of_each_network_s_own_cost():
+    own = experiment(budgets_of="own")
+    assert [own.reference_model(c) for c in own.cells()] == [c.model for c in own.cells()]
+    assert {experiment().reference_model(c) for c in own.cells()} == {Static(Tiny())}
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(arms=("kept", "kept")), "name each once"),
+        (dict(arms=("refited",)), "did you mean 'refitted'"),
+        (dict(arms=()), "arms is empty"),
+        (dict(currency="accuracy", budgets=(80.0,)), "shares of at most 1"),
+    ],
+)
+def test_arms_and_accuracies_that_cannot_be_meant_are_refused(fields, said):
+    with pytest.raises(UsageError, match=said):
+        arms(**fields)
 
 
 def test_overridden_recipes_make_other_cells():

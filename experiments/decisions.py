@@ -1,0 +1,59 @@
+"""What does compression do to exit decisions, and what cures it?
+
+    make exp EXP=decisions             (about 40 minutes on 2 quiet cores, most of it EENet; its float networks lie in results/zoo)
+
+B-LeNet on MNIST, B-AlexNet and SDN ResNet-20 on CIFAR-10, after training, at W8A8, W4A8 and W4A4 to nearest, and FP32 in ONNX
+Runtime as the floor. Every policy in four arms: FP32's own parameters kept, kept with temperatures, with thresholds that give FP32's
+exit shares on unlabelled calibration images, and refitted. Budgets are fractions of each network's own MACs in FP32. One
+training seed: the floor of FP32 trained again is there with train_seeds=(0, 1), which trains. It has not been run yet.
+"""
+
+from dataclasses import replace
+
+from anytime.backends.float import Float32
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.backends.ptq import PTQ
+from anytime.config import ARMS, Experiment, Suite
+from anytime.datasets.cifar import CIFAR10
+from anytime.datasets.mnist import MNIST
+from anytime.losses import Rising
+from anytime.models.branchynet import BAlexNet, BLeNet
+from anytime.models.sdn import SDN
+from anytime.policies.confidence import Entropy, Margin, MaxProb
+from anytime.policies.eenet import EENet
+from anytime.policies.oracle import Oracle
+from anytime.policies.patience import Patience
+from anytime.policies.random import Random
+from anytime.policies.ztw import ZTW
+from experiments.common import branchy_recipe, cifar_recipe
+
+SDN20 = replace(cifar_recipe(Rising()), epochs=30, cutout=0)  # the recipe of the weights in the zoo
+
+EXPERIMENT = Experiment(
+    name="decisions",
+    question="What does compression do to exit decisions, and what cures it?",
+    suites=(
+        Suite(MNIST(), (BLeNet(),)),
+        Suite(
+            CIFAR10(),
+            (BAlexNet(),),
+            others=((SDN("resnet20"), SDN20),),
+        ),
+    ),
+    recipe=branchy_recipe(),
+    backends=(Float32(), OnnxRuntime(of=Float32()), OnnxRuntime(of=PTQ(8, 8)), PTQ(4, 8), PTQ(4, 4, add_bits=8)),
+    policies=(
+        MaxProb(),
+        MaxProb(per_exit=True),
+        Entropy(),
+        Margin(),
+        Patience(),
+        ZTW(),
+        EENet(seed=0),
+        Oracle(),
+        Random(of=MaxProb()),
+    ),
+    budgets=(0.4, 0.5, 0.6, 0.75),
+    budgets_of="own",
+    arms=ARMS,
+)
