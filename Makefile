@@ -11,7 +11,7 @@ SETS   := $(foreach s,$(SET),--set '$(s)')
 COMMON := $(SETS) --results '$(RESULTS)' $(if $(DEBUG),--debug)
 
 .DEFAULT_GOAL := help
-.PHONY: help exp list report cite zoo clean-cache install test check format bench smoke
+.PHONY: help exp list report cite export zoo clean-cache install test check format bench smoke
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ report: $(BIN)/.installed ## write EXP's tables and figures from its records
 
 cite: $(BIN)/.installed ## print the sources of what EXP uses
 	@$(ANYTIME) cite '$(EXP)' $(COMMON)
+
+export: $(BIN)/.installed ## write the network CELL (a key, or EXP and words of its row) to TO; POLICY= BUDGET= SINGLE=1
+	@$(ANYTIME) export $(CELL) --to '$(TO)' $(COMMON) $(if $(POLICY),--policy '$(POLICY)') $(if $(BUDGET),--budget $(BUDGET)) $(if $(SINGLE),--single-file)
 
 zoo: $(BIN)/.installed ## keep the networks that EXP has trained in results/zoo
 	@$(ANYTIME) zoo '$(EXP)' $(COMMON)

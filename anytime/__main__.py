@@ -1,4 +1,4 @@
-"""The command line: python -m anytime run | list | report | cite | clean-cache."""
+"""The command line: python -m anytime run | list | report | cite | export | zoo | clean-cache."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         ("list", "what an experiment asks for: todo, done, skip and why, fail"),
         ("report", "write tables and figures from the records, without running anything"),
         ("cite", "print the sources of what an experiment uses"),
+        ("export", "write one network, ready to use: a folder for anytime.load, or a single ONNX file"),
         ("zoo", "copy the networks that an experiment has trained to results/zoo, where every run finds them"),
         ("clean-cache", "say what the cache holds, and with --yes delete it"),
     ):
@@ -33,7 +34,10 @@ def parser() -> argparse.ArgumentParser:
         if name == "clean-cache":
             command.add_argument("--yes", action="store_true", help="delete")
             continue
-        command.add_argument("experiment", metavar="EXP", help="a name in experiments/, or the path of your own file")
+        if name == "export":
+            _export_arguments(command)
+        else:
+            command.add_argument("experiment", metavar="EXP", help="a name in experiments/, or the path of your own file")
         command.add_argument(
             "--set", action="append", default=[], metavar="a.b=v", dest="sets", help="override a field; may be repeated"
         )
@@ -47,13 +51,27 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _export_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "cell",
+        metavar="CELL",
+        nargs="+",
+        help="the beginning of its key (column cell of a table's CSV), or EXP and words of its row",
+    )
+    command.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write, or file with --single-file")
+    command.add_argument("--policy", metavar="NAME", help="one of the experiment's; default: the last exit, or your own choice")
+    command.add_argument("--budget", type=float, metavar="B", help="the policy's, one of the experiment's")
+    command.add_argument("--single-file", action="store_true", help="one ONNX with the policy inside, for plain onnxruntime")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; answer its exit code: 0, 1 for a failure, 2 for a wrong question, 130 when interrupted."""
     args = parser().parse_args(argv)
     try:
-        return {"run": _run, "list": _list, "report": _report, "cite": _cite, "zoo": _zoo, "clean-cache": _clean_cache}[
-            args.command
-        ](args)
+        return {
+            "run": _run, "list": _list, "report": _report, "cite": _cite, "export": _export, "zoo": _zoo,
+            "clean-cache": _clean_cache,
+        }[args.command](args)  # fmt: skip
     except AnytimeError as error:
         if args.debug:
             traceback.print_exc()
@@ -135,6 +153,20 @@ def _cite(args: argparse.Namespace) -> int:
     from anytime.listing import sources
 
     print(sources(experiment(args.experiment, args.sets)))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from anytime.export import choose, how_to_use, write_bundle, write_single
+    from anytime.progress import Bars
+
+    with Bars() as bars:
+        chosen = choose(args.cell, args.sets, args.results, args.policy, args.budget, bars.step)
+        path = (write_single if args.single_file else write_bundle)(chosen, args.to)
+    cell, said = chosen.cell, chosen.said
+    what = f"{cell.model.label} on {cell.data.label}, {cell.backend.column}, of {chosen.exp.name}"
+    under = f", {said['label']} at {said['budget']:g}" if said else ""
+    print(f"wrote {path}: {what}{under}", how_to_use(chosen, args.to, args.single_file), sep="\n\n")
     return 0
 
 

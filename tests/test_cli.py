@@ -20,7 +20,7 @@ from anytime.datasets.npz import Npz
 from anytime.datasets.synthetic import Synthetic
 from anytime.models.branchynet import BLeNet
 from anytime.models.static import Static
-from anytime.policies.threshold import Entropy
+from anytime.policies.confidence import Entropy
 from anytime.train import Recipe
 
 EXPERIMENT = Experiment(
@@ -217,3 +217,43 @@ def test_no_permission_is_said_at_once(ran):
 def test_debug_shows_the_traceback(ran):
     code, _, err = anytime("run", "mine.py", "--set", "recipe.epoch=1", "--debug", cwd=ran)
     assert code == 2 and "Traceback" in err
+
+
+def test_export_writes_what_its_three_lines_run(ran, tmp_path):
+    cell = ("export", "mine.py", "B-LeNet", "INT8 PTQ", "--policy", "Entropy")
+    image = "import numpy as np; image = np.full((28, 28), 90, np.uint8); x = image[None, None].astype(np.float32)\n"
+    said = []
+    for more, to in (((), tmp_path / "net"), (("--single-file",), tmp_path / "net.onnx")):
+        code, out, err = anytime(*cell, *more, "--to", to, cwd=ran)
+        assert code == 0, err
+        wrote, _, *lines = out.strip().splitlines()
+        assert wrote.startswith(f"wrote {to}") and len(lines) == 3
+        done = "\nprint(net(image).exit)" if not more else "\nprint(exit[0])"
+        block = "import sys; sys.modules['torch'] = None\n"
+        ran_it = subprocess.run(
+            [sys.executable, "-c", block + image + "\n".join(lines) + done], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert ran_it.returncode == 0, ran_it.stderr
+        said.append(ran_it.stdout.split()[-1])
+    assert set(said) <= {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("mine.py", "B-LeNot"), "did you mean 'B-LeNet'"),
+        (("0123456789ab",), "no experiment has a network with the key"),
+        (("myne", "B-LeNet"), "no experiment 'myne'"),
+        (("mine.py", "B-LeNet", "FP32", "--policy", "Entropi"), "did you mean 'Entropy'"),
+        (("mine.py", "B-LeNet", "FP32", "--single-file"), "is called NAME.onnx"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else " ".join(v[1:]),
+)
+def test_an_export_of_what_there_is_not(ran, tmp_path, args, said):
+    wrong(anytime("export", *args, "--to", tmp_path / "net", cwd=ran), 2, said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_never_writes_over_other_things(ran):
+    wrong(anytime("export", "mine.py", "B-LeNet", "FP32", "--to", ran, cwd=ran), 2, "holds other things than a bundle of ours")

@@ -1,0 +1,259 @@
+"""Executes a fitted policy: samples that leave are answered at once, the rest go on as a dense smaller batch. Never torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from anytime.errors import AnytimeError, UsageError
+from anytime.metrics import Floats, Ints
+from anytime.policy import Policy
+
+
+class HasHead(Protocol):
+    """A segment, as far as the executor asks: which exit it ends in."""
+
+    @property
+    def head(self) -> int | None:
+        """The exit, or None."""
+
+
+class Runs(Protocol):
+    """What can be executed: every Deployable, and a loaded bundle."""
+
+    @property
+    def n_exits(self) -> int:
+        """E."""
+
+    def plan(self, exits: Sequence[int]) -> Sequence[Any]:
+        """Segments that lead to those exits; heads of others may be among them, and are not read."""
+
+    def start(self, x: Floats) -> Any:
+        """x float32 [B, ...] -> state 0."""
+
+    def step(self, segment: Any, state: Any) -> tuple[Any, Floats | None]:
+        """State before the segment -> (state after it, logits [B, K] or None); what is answered belongs to the caller."""
+
+
+class Answers(NamedTuple):
+    """What came out of some samples: their places in the input, exits, answered logits [B, K], ms from hand-over to answer."""
+
+    place: Ints
+    exits: Ints
+    logits: Floats
+    ms: Floats
+
+
+class Broken(AnytimeError):
+    """The engine failed on the way; ``answered`` holds what had been answered by then."""
+
+    def __init__(self, message: str, answered: Answers) -> None:
+        super().__init__(message)
+        self.answered = answered
+
+    def __reduce__(self) -> tuple[type, tuple[str, Answers]]:
+        return type(self), (str(self), self.answered)
+
+
+@dataclass
+class _Group:
+    """Samples that stand before the same segment: places [B], state, logits read so far [E, B, K], time of hand-over [B] in s."""
+
+    place: Ints
+    state: Any
+    since: Floats
+    read: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+
+@dataclass
+class Executor:
+    """Runs ``net`` under a fitted ``policy``, at most ``batch`` samples at a time.
+
+    Answers are those of ``policy.exits`` and ``policy.answer`` on all logits, as far as the engine's results do not depend on
+    the size of a batch. Samples that do not leave wait before the next segment until ``batch`` of them are there, or the
+    input ends; so at most ``batch`` x segments samples are held at any time, whatever the length of the input. With
+    ``batch`` 1 every sample is answered before the next one is asked for.
+
+    An engine that fails, or logits that are not finite, are an AnytimeError that names the samples; what was answered
+    before stays answered.
+    Source: this project.
+    """
+
+    net: Runs
+    policy: Policy
+    batch: int = 64
+    plan: Sequence[Any] = field(init=False)
+    used: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UsageError(f"batch={self.batch} is no number of samples: give 1 or more")
+        if self.policy.bound:
+            raise UsageError(f"{self.policy.label} decides by what no board can know: it is a bound, not to be executed")
+        self.used = self.policy.uses(self.net.n_exits)
+        self.plan = self.net.plan(self.used)
+
+    def run(self, x: Floats) -> Answers:
+        """x [N, ...] -> everyone's answer, in the order of ``x``. Broken carries those that were there."""
+        n, blocks = len(x), []
+        try:
+            for block in self._flow(self._cut(x)):
+                blocks.append(block)
+        except AnytimeError as error:
+            raise Broken(str(error), _joined(blocks)) from error
+        answers = _joined(blocks)
+        order = np.empty(n, np.intp)
+        order[answers.place] = np.arange(n)
+        return Answers(answers.place[order], answers.exits[order], answers.logits[order], answers.ms[order])
+
+    def stream(self, samples: Iterable[Floats]) -> Iterator[Answers]:
+        """Samples [...] one by one -> answers as they become ready, some at a time; ``place`` tells whose they are.
+
+        The next ``batch`` samples are asked for only when all that can be answered has been.
+        """
+        return self._flow(self._gather(iter(samples)))
+
+    def _cut(self, x: Floats) -> Iterator[_Group]:
+        for i in range(0, len(x), self.batch):
+            yield self._start(x[i : i + self.batch], i, np.full(min(self.batch, len(x) - i), perf_counter()))
+
+    def _gather(self, samples: Iterator[Floats]) -> Iterator[_Group]:
+        first = 0
+        while True:
+            taken, since = [], []
+            for sample in islice(samples, self.batch):
+                taken.append(np.asarray(sample))
+                since.append(perf_counter())
+            if not taken:
+                return
+            for i, sample in enumerate(taken):
+                if sample.shape != taken[0].shape:
+                    raise UsageError(
+                        f"sample {first + i} has the shape {sample.shape}, those before it {taken[0].shape}: give all the same one"
+                    )
+            yield self._start(np.stack(taken), first, np.array(since))
+            first += len(taken)
+
+    def _start(self, x: Floats, first: int, since: Floats) -> _Group:
+        place = np.arange(first, first + len(x))
+        return _Group(place, self._guarded("start", place, lambda: self.net.start(x)), since)
+
+    def _flow(self, groups: Iterator[_Group]) -> Iterator[Answers]:
+        waiting: list[list[_Group]] = [[] for _ in self.plan]
+        for group in groups:
+            waiting[0].append(group)
+            yield from self._sweep(waiting, self.batch)
+        yield from self._sweep(waiting, 1)
+
+    def _sweep(self, waiting: list[list[_Group]], least: int) -> Iterator[Answers]:
+        """Go once through the segments, and run each that has ``least`` samples waiting; new ones never wait."""
+        for i, queue in enumerate(waiting):
+            while sum(map(len, queue)) >= (least if i else 1):
+                group = self._take(queue)
+                answers, rest = self._advance(i, group)
+                if rest is not None:
+                    waiting[i + 1].append(rest)
+                if answers is not None:
+                    yield answers
+
+    def _take(self, queue: list[_Group]) -> _Group:
+        """The first ``batch`` samples that wait."""
+        taken: list[_Group] = []
+        room = self.batch
+        while queue and room:
+            group = queue.pop(0)
+            if len(group) > room:
+                queue.insert(0, self._only(group, np.arange(room, len(group))))
+                group = self._only(group, np.arange(room))
+            taken.append(group)
+            room -= len(group)
+        if len(taken) == 1:
+            return taken[0]
+        read = None if taken[0].read is None else np.concatenate([g.read for g in taken if g.read is not None], axis=1)
+        place, since = (np.concatenate([getattr(g, part) for g in taken]) for part in ("place", "since"))
+        return _Group(place, self.join([g.state for g in taken]), since, read)
+
+    def _advance(self, i: int, group: _Group) -> tuple[Answers | None, _Group | None]:
+        """Run segment ``i``: the answers of those that leave, and the rest."""
+        segment = self.plan[i]
+        group.state, logits = self._guarded(
+            f"segment {i + 1} of {len(self.plan)}", group.place, lambda: self.net.step(segment, group.state)
+        )
+        if segment.head not in self.used:
+            return None, group
+        assert logits is not None
+        if not np.isfinite(logits).all():
+            bad = group.place[~np.isfinite(logits).all(-1)]
+            raise AnytimeError(f"exit {segment.head + 1} answers with logits that are not finite, for {_named(bad)}")
+        if group.read is None:
+            # NaN: an answer that needs an exit which was not read must not look like one.
+            group.read = np.full((self.net.n_exits, *logits.shape), np.nan, logits.dtype)
+        group.read[segment.head] = logits
+        if segment.head == self.used[-1]:
+            return self._answers(group, segment.head), None
+        passed = self.used[: self.used.index(segment.head) + 1]
+        stop = self.policy.stop(group.read[: len(passed)] if passed[-1] == len(passed) - 1 else group.read[list(passed)])
+        if not stop.any():
+            return None, group
+        if stop.all():
+            return self._answers(group, segment.head), None
+        left = _Group(group.place[stop], None, group.since[stop], group.read[:, stop])
+        return self._answers(left, segment.head), self._only(group, np.flatnonzero(~stop))
+
+    def _answers(self, group: _Group, exit: int) -> Answers:
+        assert group.read is not None
+        exits = np.full(len(group), exit)
+        logits = self.policy.answer(group.read, exits)
+        if not np.isfinite(logits).all():
+            raise AnytimeError(
+                f"{self.policy.label} answers at exit {exit + 1} with logits of exits that were not read, for {_named(group.place)}"
+            )
+        return Answers(group.place, exits, logits, 1e3 * (perf_counter() - group.since))
+
+    def _only(self, group: _Group, keep: Ints) -> _Group:
+        read = None if group.read is None else group.read[:, keep]
+        return _Group(group.place[keep], self.rows(group.state, keep), group.since[keep], read)
+
+    def rows(self, state: Any, keep: Ints) -> Any:
+        """A copy of a state's samples ``keep``: of each of its tensors."""
+        return tuple(self.rows(s, keep) for s in state) if isinstance(state, tuple | list) else state[keep]
+
+    def join(self, states: Sequence[Any]) -> Any:
+        """One state out of several, sample after sample."""
+        if isinstance(states[0], tuple | list):
+            return tuple(self.join(parts) for parts in zip(*states, strict=True))
+        if isinstance(states[0], np.ndarray):
+            return np.concatenate(states)
+        import torch
+
+        return torch.cat(tuple(states))
+
+    def _guarded(self, what: str, place: Ints, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except AnytimeError:
+            raise
+        except MemoryError as error:
+            raise AnytimeError(f"{what}: no memory for {len(place)} samples at once: give a batch under {self.batch}") from error
+        except Exception as error:  # engines share no base class
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise AnytimeError(f"{what}: the engine failed on {_named(place)}: {said}") from error
+
+
+def _joined(blocks: Sequence[Answers]) -> Answers:
+    if not blocks:
+        return Answers(np.empty(0, np.intp), np.empty(0, np.intp), np.empty((0, 0), np.float32), np.empty(0))
+    return Answers(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
+
+
+def _named(place: Ints) -> str:
+    said = ", ".join(str(i) for i in place[:5]) + (", ..." if len(place) > 5 else "")
+    return f"sample {said}" if len(place) == 1 else f"{len(place)} samples ({said})"

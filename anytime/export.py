@@ -1,0 +1,381 @@
+"""Writes bundles: one network of an experiment, ready for who wants to use it or for a board. See bundle.py for the reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anytime import machine, stops
+from anytime.arms import Decider
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.bundle import KIND, SCHEMA, fingerprint, read_manifest
+from anytime.config import Cell, Experiment
+from anytime.errors import AnytimeError, Unsupported, UsageError, WriteError, near
+from anytime.facts import Fact, facts_of
+from anytime.find import experiment, names
+from anytime.metrics import Bools, Floats, Predictions, accuracy
+from anytime.onnx_if import single_file
+from anytime.onnx_net import GraphNet
+from anytime.policy import Policy
+from anytime.spec import key, plain
+from anytime.train import Progress, silent, write_atomically
+from anytime.workshop import Workshop
+
+ENGINES = ("OnnxRuntime", "OpenVINO", "TorchCompile")  # backends that run what ``of`` makes, and change none of its numbers
+LISTED = 12
+
+
+class Chosen(NamedTuple):
+    """What is exported: a cell of an experiment, and the policy, or None, with what the manifest says of it."""
+
+    exp: Experiment
+    cell: Cell
+    net: GraphNet
+    policy: Policy | None
+    said: dict[str, Any] | None
+    shop: Workshop
+
+
+# Choosing
+
+
+def choose(
+    words: Sequence[str], sets: Sequence[str], results: Path, policy: str | None, budget: float | None,
+    progress: Progress = silent,
+) -> Chosen:  # fmt: skip
+    """The cell that ``words`` name, compressed for ONNX Runtime, with the policy of that label fitted for that budget."""
+    if policy is None and budget is not None:
+        raise UsageError(f"--budget {budget:g} belongs to a policy: name one with --policy")
+    exps, cell = find_cell(words, sets)
+    having = [e for e in exps if budget in (None, *e.budgets) and policy in (None, *(p.label for p in e.policies))] or exps
+    if policy is not None and len(having) > 1:
+        raise UsageError(
+            f"{' and '.join(e.name for e in having)} have this network and {policy}, and their budgets may be "
+            f"shares of different networks: say which, as in export {having[0].name} {words[0]}"
+        )
+    exp = having[0]
+    fact = None if policy is None else _asked(exp, cell, policy, budget)
+    shop = Workshop(results, progress)
+    net = shop.net(cell)
+    if not isinstance(net, GraphNet):
+        cell = replace(cell, backend=OnnxRuntime(of=_inner(cell).backend))
+        if reason := cell.backend.why_not():
+            raise UsageError(f"{cell.backend.label} cannot be exported here: {reason}")
+        net = shop.net(cell)
+    if not isinstance(net, GraphNet) or getattr(net, "precision", "f32") != "f32":
+        raise Unsupported(f"{cell.backend.label} is arithmetic of its engine, and no ONNX graph holds it: export another one")
+    if fact is None:
+        return Chosen(exp, cell, net, None, None, shop)
+    # The decision may be asked of the same numbers under another engine; it is fitted for this one.
+    fitted = Decider(exp, shop, lambda _: None).fitted(replace(fact, cell=cell))
+    return Chosen(exp, cell, net, fitted, _said(exp, fact, fitted, shop.predictions(cell)["test"]), shop)
+
+
+def find_cell(words: Sequence[str], sets: Sequence[str] = ()) -> tuple[tuple[Experiment, ...], Cell]:
+    """The one cell that is meant, and the experiments that have it: by the beginning of its key, or by EXP and words of its row.
+
+    A word is a whole label (of data, network, backend, column) or a piece of one. UsageError with the near misses.
+    """
+    first, *rest = words
+    if re.fullmatch(r"[0-9a-f]{4,12}", first) and not rest and first not in names():
+        if sets:
+            raise UsageError("--set makes another experiment: name it, as in export EXP WORDS --set ..., instead of a key")
+        return _by_key(first)
+    exp = experiment(first, sets)
+    cells = list(exp.cells())
+    for word in rest:
+        cells = _narrowed(cells, word, exp)
+    # The same numbers under several engines are one network; ONNX Runtime's predictions are what a bundle gives.
+    meant = {key(_inner(c)): c for c in sorted(cells, key=lambda c: isinstance(c.backend, OnnxRuntime))}
+    if len(meant) > 1:
+        listed = [f"  {key(c)}  {', '.join(_names(c)[1:])}" for c in list(meant.values())[:LISTED]]
+        more = [f"  and {len(meant) - LISTED} more"] if len(meant) > LISTED else []
+        said = f"{' '.join(words)!r} means {len(meant)} networks: add a word, or give a key:"
+        raise UsageError("\n".join([said, *listed, *more]))
+    return (exp,), next(iter(meant.values()))
+
+
+def _by_key(start: str) -> tuple[tuple[Experiment, ...], Cell]:
+    found: dict[str, Cell] = {}
+    exps: list[Experiment] = []
+    known: set[str] = set()
+    for name in names():
+        try:
+            exp = experiment(name)
+        except UsageError:
+            continue  # a broken file of somebody's is not what was asked for
+        cells = {key(cell): cell for cell in exp.cells()}
+        known |= cells.keys()
+        if mine := {k: cell for k, cell in cells.items() if k.startswith(start)}:
+            exps.append(exp)
+            found |= mine
+    if len(found) > 1:
+        raise UsageError(f"{start!r} begins several keys ({', '.join(found)}): give more digits")
+    if not found:
+        close = get_close_matches(start, {k[: len(start)] for k in known})
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?" if close else "the tables' CSV files carry them in the column cell"
+        )
+        raise UsageError(f"no experiment has a network with the key {start!r}; {hint}")
+    return tuple(exps), next(iter(found.values()))
+
+
+def _narrowed(cells: list[Cell], word: str, exp: Experiment) -> list[Cell]:
+    whole = [c for c in cells if word in _names(c)]
+    found = whole or [c for c in cells if any(word.lower() in name.lower() for name in _names(c))]
+    if not found:
+        raise UsageError(f"{exp.name} has no network that is {word!r}; {near(word, {n for c in cells for n in _names(c)[1:]})}")
+    return found
+
+
+def _names(cell: Cell) -> tuple[str, ...]:
+    backend = cell.backend
+    seeds = f"train_seed={cell.train_seed}", f"seed={cell.seed}"
+    return key(cell), cell.data.label, cell.model.label, backend.label, backend.column, *seeds
+
+
+def _inner(cell: Cell) -> Cell:
+    backend = cell.backend
+    return replace(cell, backend=backend.of) if type(backend).__name__ in ENGINES else cell  # type: ignore[attr-defined]
+
+
+def _asked(exp: Experiment, cell: Cell, label: str, budget: float | None) -> Fact:
+    """The decision that is meant; UsageError with what there is."""
+    if not cell.model.exits_early:
+        raise UsageError(f"{cell.model.label} has one exit, a policy has nothing to decide: leave out --policy")
+    facts = [f for f in facts_of(exp) if f.of == "decide" and f.arm == "refitted" and key(_inner(f.cell)) == key(_inner(cell))]
+    asked = {f.budget: f for f in facts if f.policy is not None and f.policy.label == label}
+    if not asked:
+        raise UsageError(f"{exp.name} has no policy {label!r}; {near(label, {f.policy.label for f in facts if f.policy})}")
+    if any(f.policy is not None and f.policy.bound for f in asked.values()):
+        raise UsageError(f"{label} decides by what no board can know: it is a bound, not to be exported")
+    there = ", ".join(f"{b:g}" for b in sorted(asked))
+    if budget is None and len(asked) > 1:
+        raise UsageError(f"{label} is fitted to a budget: add --budget, of {there}")
+    if budget not in (None, *asked):
+        raise UsageError(f"{exp.name} has no budget {budget:g} for {label}; it has {there}")
+    return next(f for b, f in asked.items() if budget in (None, b))
+
+
+def _said(exp: Experiment, fact: Fact, fitted: Policy, test: Predictions) -> dict[str, Any]:
+    exits = fitted.exits(test.logits)
+    right = fitted.answer(test.logits, exits).argmax(-1) == test.labels
+    return {
+        "label": fitted.label, "budget": fact.budget, "currency": exp.currency, "spec": plain(fitted),
+        **board_test(fitted, test.logits[:, :256]),
+        "test_accuracy": float(right.mean()), "test_share": (np.bincount(exits, minlength=test.n_exits) / len(exits)).tolist(),
+    }  # fmt: skip
+
+
+def board_test(policy: Policy, logits: Floats) -> dict[str, Any]:
+    """What a board needs to run ``policy``: the exits that it reads, and for each but the last its test in stops.py.
+
+    Read off the calls that it makes on ``logits`` [E, N, K]: a policy promises to call a function of stops.py with numbers of
+    its own. Unsupported where these numbers alone do not decide as it does. ``answer`` is "exit taken", or the name of a
+    policy that answers with other logits than those.
+    """
+    used, tests = policy.uses(len(logits)), []
+    for i in range(len(used) - 1):
+        decided, name, said = _watched(policy, logits[list(used[: i + 1])])
+        read, arguments = said.pop("logits"), {k: np.asarray(v).tolist() for k, v in said.items()}
+        again = getattr(stops, name)(read, **{k: np.array(v) if isinstance(v, list) else v for k, v in arguments.items()})
+        if not np.array_equal(decided, again):
+            raise Unsupported(f"{policy.label} does not decide as stops.{name} alone does: a board cannot run it")
+        tests.append({"test": name, "arguments": arguments})
+    own = type(policy).answer is not Policy.answer
+    return {
+        "uses": list(used), "tests": tests, "temperatures": list(policy.temperatures),
+        "answer": type(policy).__name__ if own else "exit taken",
+    }  # fmt: skip
+
+
+def _watched(policy: Policy, logits: Floats) -> tuple[Bools, str, dict[str, Any]]:
+    """What ``policy.stop`` says, and the exit test that it called, with its arguments."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def watch(frame: FrameType, event: str, _: Any) -> None:
+        name = frame.f_code.co_name
+        if event == "call" and frame.f_code.co_filename == stops.__file__ and name.startswith(("at_", "by_")):
+            calls.append((name, dict(frame.f_locals)))
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        decided = policy.stop(logits)
+    finally:
+        sys.setprofile(before)
+    if not calls:
+        raise Unsupported(f"{policy.label} calls no exit test of stops.py: a board cannot run it")
+    return decided, *calls[0]
+
+
+# Writing
+
+
+def write_bundle(chosen: Chosen, to: Path) -> Path:
+    """Write the folder ``to``, whole or not at all; answer its manifest.
+
+    An older bundle there is replaced. UsageError where the folder holds anything else, WriteError where it cannot be written.
+    """
+    _check_free(to)
+    net = chosen.net
+    exits = chosen.policy.uses(net.n_exits) if chosen.policy else range(net.n_exits)
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as own:
+            folder = Path(own) / "bundle"
+            folder.mkdir()
+            segments = _segments(net, list(exits), folder)
+            (folder / "manifest.json").write_text(json.dumps(manifest(chosen, segments), indent=1))
+            if to.exists():
+                os.rename(to, Path(own) / "older")
+            os.rename(folder, to)
+    except OSError as error:
+        raise WriteError(f"cannot write {to}: {error.strerror or error}; free space or give another folder") from error
+    return to / "manifest.json"
+
+
+def write_single(chosen: Chosen, to: Path) -> Path:
+    """Write one ONNX file with the whole policy, or its last exit, inside; see onnx_if.py. An older one there is replaced."""
+    import onnx
+
+    if to.suffix != ".onnx":
+        raise UsageError(f"--to {to}: a single file is called NAME.onnx")
+    if to.exists() and not (to.is_file() and b"anytime" in to.read_bytes()[:64]):  # the producer stands at the beginning
+        raise UsageError(f"{to} is there and is no file of ours: give another name")
+    net, said = chosen.net, chosen.said
+    plan = net.plan(said["uses"] if said else [net.n_exits - 1])
+    segments = [onnx.ModelProto.FromString(net.graph(segment)) for segment in plan]
+    told = manifest(chosen, [])
+    metadata = {k: json.dumps(told[k]) for k in ("network", "data", "arithmetic", "input", "classes", "policy", "provenance")}
+    model = single_file(segments, [s.head for s in plan if s.head is not None], said, metadata)
+    write_atomically(to, model.SerializeToString())
+    return to
+
+
+def how_to_use(chosen: Chosen, to: Path, single: bool) -> str:
+    """Three lines of Python that run what was written."""
+    parts = chosen.shop.data(chosen.cell.data, chosen.cell.seed)
+    c, h, w = parts.input_shape
+    if not single:
+        shape = f"[{h}, {w}]" if c == 1 else f"[{h}, {w}, {c}]"
+        return f"import anytime\nnet = anytime.load({str(to)!r})\nprint(net(image))  # uint8 {shape}, as PIL and numpy give it"
+    mean, std = (v[0] if c == 1 else f"{list(v)}" for v in parts.preprocessing)
+    return (
+        f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(to)!r})\n"
+        f'label, confidence, exit, logits = session.run(None, {{"x": x}})  '
+        f"# x: float32 [1, {c}, {h}, {w}], (pixel / 255 - {mean}) / {std}{'' if c == 1 else ', per channel'}"
+    )
+
+
+def _check_free(to: Path) -> None:
+    if not to.exists() and not to.is_symlink():
+        return
+    if not to.is_dir() or to.is_symlink():
+        raise UsageError(f"{to} is there and is no folder: give another name")
+    there = {p.name for p in to.iterdir()}
+    try:
+        ours = {"manifest.json", *(s["file"] for s in read_manifest(to)["segments"])} if there else set()
+    except AnytimeError as error:
+        raise UsageError(f"{to} is there and holds other things than a bundle of ours: give another folder") from error
+    if foreign := sorted(there - ours):
+        raise UsageError(f"{to} holds other things than a bundle of ours ({', '.join(foreign[:3])}): give another folder")
+
+
+def _segments(net: GraphNet, exits: Sequence[int], folder: Path) -> list[dict[str, Any]]:
+    import onnx
+
+    said: list[dict[str, Any]] = []
+    entering: list[dict[str, Any]] = []
+    for segment in net.plan(exits):
+        body = net.graph(segment)
+        name = f"segment_{segment.head + 1}.onnx"  # type: ignore[operator]
+        (folder / name).write_bytes(body)
+        model = onnx.ModelProto.FromString(body)
+        inputs, outputs = described(model, entering)
+        entering = outputs[1:]
+        said.append(
+            {
+                "file": name, "sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body), **segment._asdict(),
+                "inputs": inputs, "outputs": outputs, "opset": model.opset_import[0].version, "ir": model.ir_version,
+            }
+        )  # fmt: skip
+    return said
+
+
+def described(model: Any, entering: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Inputs and outputs of a graph: names, shapes, dtypes, and the grids of integers; ``entering`` are the state's tensors."""
+    import onnx
+
+    graph = model.graph
+    constants = {c.name: onnx.numpy_helper.to_array(c) for c in graph.initializer}
+    made = {out: node for node in graph.node for out in node.output}
+    read = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    known = {i.name: s for i, s in zip(graph.input, entering, strict=False)}
+
+    def grid(name: str) -> dict[str, Any]:
+        """Scale and zero point of integers: those of the Q that makes them or the DQ that reads them, past what only moves."""
+        node = made.get(name)
+        if node is not None and node.op_type != "QuantizeLinear":
+            return grid(node.input[0])
+        node = node or read.get(name)
+        if node is None:
+            return {k: known[name][k] for k in ("scale", "zero_point")}
+        zero = constants[node.input[2]].item() if len(node.input) > 2 else 0
+        return {"scale": constants[node.input[1]].item(), "zero_point": zero}
+
+    def tensor(info: Any) -> dict[str, Any]:
+        kind = info.type.tensor_type
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        shape = [d.dim_param or d.dim_value for d in kind.shape.dim]
+        integers = np.issubdtype(dtype, np.integer)
+        return {"name": info.name, "dtype": dtype.name, "shape": shape, **(grid(info.name) if integers else {})}
+
+    return [tensor(i) for i in graph.input], [tensor(o) for o in graph.output]
+
+
+def manifest(chosen: Chosen, segments: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that a user or a board must know of the bundle."""
+    cell, net, shop = chosen.cell, chosen.net, chosen.shop
+    parts, test, cost = shop.data(cell.data, cell.seed), shop.predictions(cell)["test"], shop.cost(cell)
+    every = {what: cost.every(what) for what in ("macs", "bops", "params")}
+    exits = [
+        {
+            "exit": k, "test_accuracy": accuracy(test, np.full(len(test.labels), k)), "n_test": len(test.labels),
+            **{what: float(values[k]) for what, values in every.items()},
+            "stage_macs": float(cost.stage.macs[k]), "head_macs": float(cost.head.macs[k]),
+        }
+        for k in range(net.n_exits)
+    ]  # fmt: skip
+    said = {
+        "kind": KIND, "schema": SCHEMA,
+        "network": cell.model.label, "data": cell.data.label, "arithmetic": cell.backend.column, "label": cell.backend.label,
+        "input": {
+            "shape": list(parts.input_shape), "dtype": "float32", "layout": "NCHW", "image": "HWC",
+            "image_range": {"uint8": [0, 255], "float": [0.0, 1.0]}, "formula": "(pixel in [0, 1] - mean) / std, per channel",
+            "mean": list(parts.preprocessing.mean), "std": list(parts.preprocessing.std),
+        },
+        "classes": list(parts.classes), "n_exits": net.n_exits, "restarts": net.restarts,
+        # ONNX Runtime's pass WeightBiasQuantization must stay off where this is False.
+        "float_biases": net.float_biases,
+        "segments": segments, "policy": chosen.said, "exits": exits,
+        "provenance": {
+            "experiment": chosen.exp.name, "cell": key(cell), "spec": plain(cell), "trained_on": sorted(net.twin.trained_on),
+            "net": net.facts, "bits": {name: list(bits) for name, bits in net.bits.items()},
+            "git": machine.commit(), "versions": machine.versions(), "exported": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    }  # fmt: skip
+    return said | {"sha256": fingerprint(said)}
