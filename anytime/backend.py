@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from anytime.dataset import Part
+from anytime.errors import UsageError
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel
 from anytime.model import Plan as Plan
@@ -31,8 +32,8 @@ from anytime.train import Trainer
 class Deployable(ABC):
     """A network in the form that a board runs. It can be pickled: boards start processes of their own."""
 
-    format: ClassVar[str]  # what a board must be able to run: "torch", "onnx", "tensorrt", "keras"
-    execution: str  # what really runs, as the tables say it: "torch", "ONNX Runtime", "fake-quant"
+    format: ClassVar[str]  # what a board must be able to run: "torch", "onnx", "openvino", "tensorrt", "keras"
+    execution: str  # what really runs, as the tables say it: "torch", "ONNX Runtime", "OpenVINO", "fake-quant"
     simulated: bool  # float kernels imitate the arithmetic: scored, never timed
     needs: tuple[str, ...] = ()  # CPU flags, any one of which makes the kernels real; () needs none
     twin: AnytimeModel  # the same arithmetic in torch: what is counted, what fidelity is judged against
@@ -59,7 +60,7 @@ class Deployable(ABC):
         return tuple(segments)
 
     def open(self, threads: int) -> None:
-        """Take ``threads`` threads and make everything ready to run. Default: torch's own threads."""
+        """Take ``threads`` threads from now on; what runs is made when it is first asked for. Default: torch's own threads."""
         torch.set_num_threads(threads)
 
     @abstractmethod
@@ -80,7 +81,9 @@ class Deployable(ABC):
         return None
 
     def predict(self, x: Floats, batch: int = 256) -> Floats:
-        """Every exit for every sample: [N, ...] -> [E, N, K]."""
+        """Every exit for every sample: [N, ...] -> [E, N, K]; UsageError without samples."""
+        if not len(x):
+            raise UsageError("there is no sample to predict: give at least one")
         blocks = []
         plan = self.plan(range(self.n_exits))
         for i in range(0, len(x), batch):

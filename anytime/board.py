@@ -16,7 +16,7 @@ from anytime.spec import Spec
 
 @dataclass(frozen=True)
 class Timing:
-    """Raw times in ms, batch 1: stage and head of every link, [E, R], over R samples and launches.
+    """Raw times in ms a sample: stage and head of every link, [E, R], over R batches and launches (batch 1: samples).
 
     ``wall`` is elapsed time, ``cpu`` the process's CPU time over all its threads; never one in the other's place.
     """
@@ -41,7 +41,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A policy executed end to end, batch 1, on R real samples: exit taken, class answered [R]; raw times [L, R] over L launches."""
+    """A policy executed end to end on R real samples: exit taken, class answered [R]; raw times [L, R] over L launches.
+
+    In ms a sample; samples of one batch share its time.
+    """
 
     exits: Ints
     answers: Ints
@@ -74,7 +77,7 @@ class Board(Spec, ABC):
 
     @abstractmethod
     def time(self, nets: Sequence[Deployable], x: Floats) -> list[Timing]:
-        """x [R, ...]: real samples, each run alone through every stage and head, rounds interleaved over ``nets``."""
+        """x [N, ...]: real samples, batch by batch through every stage and head, rounds interleaved over ``nets``."""
 
     @abstractmethod
     def run(self, jobs: Sequence[tuple[Deployable, Policy]], x: Floats) -> list[Replayed]:

@@ -1,48 +1,33 @@
-"""A chain that ONNX Runtime executes: one graph and one session per segment."""
+"""A chain as ONNX graphs, one per segment, and the engines that run them."""
 
 from __future__ import annotations
 
-import json
-import re
-import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 
 from anytime.backend import BitMap, Bits, Deployable, Segment
-from anytime.errors import AnytimeError
+from anytime.engine import Graph, OnnxRuntimeGraph, OpenVINOGraph
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel
 from anytime.quant.onnx_graph import OnnxChain
 
-INT8_KERNELS = (
-    "QLinearConv",
-    "QGemm",
-    "QLinearMatMul",
-    "ConvInteger",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
-)
 # Operators that only choose or move values, as quantizers write them: what they give lies on the grid of what they get.
 MOVES = ("Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 
 
-class OnnxNet(Deployable):
-    """One ONNX Runtime session per segment, made when it is first asked for.
+class GraphNet(Deployable, ABC):
+    """A chain whose segments are ONNX graphs; each is given to the engine when it is first asked for.
 
     ``graph`` writes the file of a segment: inputs in the order of the state's tensors; outputs the logits, if it has a
     head, then the state. ``bits`` None: read back from the graphs, layers whose weight or input is float left out.
-    ``float_biases``: the graphs leave biases in float, and ONNX Runtime is to quantize them as it would for anybody; its
-    pass that does so, WeightBiasQuantization, also quantizes the weights of a layer that was kept in float between two
-    Q/DQ pairs, so that it is off otherwise.
+    ``float_biases``: see OnnxRuntimeGraph.
     """
 
-    format = "onnx"
-    execution = "ONNX Runtime"
     simulated = False
 
     def __init__(
@@ -53,95 +38,96 @@ class OnnxNet(Deployable):
         facts: dict[str, str],
         float_biases: bool = False,
     ) -> None:
-        self.twin, self.facts = twin, facts
-        self._write, self._float_biases = graph, float_biases
-        self._threads = 0  # ONNX Runtime's own choice: every core
-        self._graphs: dict[Segment, bytes] = {}
-        self._sessions: dict[Segment, Any] = {}
+        self.twin, self.facts, self.float_biases = twin, facts, float_biases
+        self._write = graph
+        self._threads = 0  # the engine's own choice: every core
+        self._bodies: dict[Segment, bytes] = {}
+        self._graphs: dict[Segment, Graph] = {}
         self.bits = self._read_bits() if bits is None else dict(bits)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Sessions cannot be pickled; another process makes its own.
-        return {**self.__dict__, "_sessions": {}}
+        # What an engine has made cannot be pickled; another process makes its own.
+        return {**self.__dict__, "_graphs": {}}
 
     def open(self, threads: int) -> None:
         if threads != self._threads:
-            self._threads, self._sessions = threads, {}
-        for segment in self.plan(range(self.n_exits)):
-            self._session(segment)
+            self._threads, self._graphs = threads, {}
+
+    def graph(self, segment: Segment) -> bytes:
+        """The ONNX file of a segment, written once."""
+        if segment not in self._bodies:
+            self._bodies[segment] = self._write(segment)
+        return self._bodies[segment]
 
     def start(self, x: Floats) -> list[Any]:
         return [np.ascontiguousarray(x, dtype=np.float32)]
 
     def step(self, segment: Segment, state: list[Any]) -> tuple[Any, Floats | None]:
-        session, names, outputs = self._session(segment)
-        out = session.run(outputs, dict(zip(names, state, strict=True)))
-        if segment.head is None:
-            return out, None
-        return (state if self.restarts else out[1:]), out[0]
+        run = self._graphs.get(segment)
+        if run is None:
+            run = self._graphs[segment] = self._made(self.graph(segment))
+        return self._answer(segment, state, run(state))
 
     def save(self, folder: Path) -> list[Path]:
         """One file per link: stage and head as one graph."""
         paths = []
         for segment in self.plan(range(self.n_exits)):
             path = folder / f"link_{segment.head}.onnx"
-            path.write_bytes(self._graph(segment))
+            path.write_bytes(self.graph(segment))
             paths.append(path)
         return paths
 
     def executed(self, x: Floats) -> dict[str, str]:
-        found: set[str] = set()
+        found: dict[str, str] = {}
         state: Any = self.start(x)
         for segment in self.plan(range(self.n_exits)):
-            with tempfile.TemporaryDirectory() as folder:
-                session, names, outputs = self._make(segment, profile=f"{folder}/profile")
-                out = session.run(outputs, dict(zip(names, state, strict=True)))
-                events = json.loads(Path(session.end_profiling()).read_text())
-            state = state if self.restarts else out[1:]
-            # ONNX Runtime keeps a layer's name on the kernel that replaces it, with a suffix of its own.
-            for event in events:
-                if event.get("cat") == "Node" and event["args"].get("op_name") in INT8_KERNELS:
-                    found.add(re.sub(r"(_token_\d+)?_kernel_time$", "", event["name"]))
+            out, kinds = self._made(self.graph(segment)).profile(state)
+            state, _ = self._answer(segment, state, out)
+            found |= kinds
         layers = (name for name, m in self.twin.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
-        return {layer: "int8" if layer in found else "fp32" for layer in layers}
+        return {layer: found.get(layer, "fp32") for layer in layers}
+
+    @abstractmethod
+    def _made(self, body: bytes) -> Graph:
+        """The engine's own form of a graph."""
+
+    def _answer(self, segment: Segment, state: list[Any], out: list[Any]) -> tuple[list[Any], Floats | None]:
+        if segment.head is None:
+            return out, None
+        return (state if self.restarts else out[1:]), out[0]
 
     def _read_bits(self) -> BitMap:
         found: dict[str, Bits] = {}
         for segment in self.plan(range(self.n_exits)):
-            found |= multiplied(self._graph(segment))
+            found |= multiplied(self.graph(segment))
         return {name: found[name] for name, _ in self.twin.named_modules() if name in found}
 
-    def _graph(self, segment: Segment) -> bytes:
-        if segment not in self._graphs:
-            self._graphs[segment] = self._write(segment)
-        return self._graphs[segment]
 
-    def _session(self, segment: Segment) -> Any:
-        if segment not in self._sessions:
-            self._sessions[segment] = self._make(segment)
-        return self._sessions[segment]
+class OnnxNet(GraphNet):
+    """Run by ONNX Runtime."""
 
-    def _make(self, segment: Segment, profile: str = "") -> tuple[Any, list[str], list[str]]:
-        import onnxruntime
+    format = "onnx"
+    execution = "ONNX Runtime"
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        if profile:
-            options.enable_profiling, options.profile_file_prefix = True, profile
-        session = onnxruntime.InferenceSession(
-            self._graph(segment), options, providers=["CPUExecutionProvider"],
-            disabled_optimizers=[] if self._float_biases else ["WeightBiasQuantization"],
-        )  # fmt: skip
-        if session.get_providers() != ["CPUExecutionProvider"]:
-            raise AnytimeError(f"ONNX Runtime chose {session.get_providers()}, not the CPU: its rows would carry the wrong name")
-        return session, [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+    def _made(self, body: bytes) -> Graph:
+        return OnnxRuntimeGraph(body, self._threads, self.float_biases)
 
 
-def written(chain: AnytimeModel, input_shape: tuple[int, ...], segment: Segment) -> bytes:
-    """The graph of a segment of a traced ``chain``: integers where it carries quantizers."""
-    return bytes(OnnxChain(chain, input_shape, int_bias=True).write(segment).SerializeToString())
+class OpenVINONet(GraphNet):
+    """Run by OpenVINO; what is not quantized in ``precision``."""
+
+    format = "openvino"
+    execution = "OpenVINO"
+    precision: Literal["f32", "bf16"] = "f32"
+
+    def _made(self, body: bytes) -> Graph:
+        return OpenVINOGraph(body, self._threads, self.precision)
+
+
+def written(chain: AnytimeModel, input_shape: tuple[int, ...], segment: Segment, channels_last: bool = False) -> bytes:
+    """The graph of a segment of a traced ``chain``: integers where it carries quantizers. ``channels_last``: see OnnxChain."""
+    chain_graph = OnnxChain(chain, input_shape, int_bias=True, channels_last=channels_last)
+    return bytes(chain_graph.write(segment).SerializeToString())
 
 
 def multiplied(graph: bytes) -> dict[str, Bits]:

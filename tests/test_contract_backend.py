@@ -10,9 +10,11 @@ import torch
 
 import anytime.backends
 from anytime.backend import Backend, Bits, TorchNet
-from anytime.backends.float import Float32
+from anytime.backends.float import BFloat16, Float32
+from anytime.backends.openvino import OpenVINO
 from anytime.backends.ptq import PTQ
 from anytime.backends.qat import QAT
+from anytime.backends.torch_compile import TorchCompile
 from anytime.cost import account
 from tests.contracts.backend import backend_keeps_its_promise
 from tests.worlds import Restarting, data, trained, trainer
@@ -26,12 +28,15 @@ def keepers():
 
 
 def variants():
-    """Each keeper at its defaults; a wrapper around float, around calibrated and around trained integers."""
+    """Each keeper at its defaults; a wrapper around float, around calibrated and around trained integers, as far as it takes them."""
     for cls in keepers():
         names = {f.name: str(f.type) for f in fields(cls)}
         if "of" in names:
             several = names["of"].startswith("tuple")
-            yield from (cls(of=(inner,) if several else inner) for inner in (Float32(), PTQ(), QAT(epochs=1)))
+            inners = {TorchCompile: (Float32(),), OpenVINO: (Float32(), BFloat16(), PTQ())}.get(
+                cls, (Float32(), PTQ(), QAT(epochs=1))
+            )
+            yield from (cls(of=(inner,) if several else inner) for inner in inners)
         else:
             yield cls(epochs=1) if "epochs" in names else cls()
 
@@ -40,11 +45,15 @@ def variants():
 def test_backend(backend):
     if reason := backend.why_not():
         pytest.skip(reason)
+    if isinstance(backend, TorchCompile):
+        pytest.skip("seconds for every segment that it compiles: the smaller world below is enough")
     backend_keeps_its_promise(backend, trained(), data(), trainer())
 
 
 @pytest.mark.parametrize("backend", list(variants()), ids=lambda b: b.label)
 def test_stages_that_restart(backend):
+    if reason := backend.why_not():
+        pytest.skip(reason)
     net = backend_keeps_its_promise(backend, trained(Restarting()), data(), trainer())
     cost = account(net, (3, 16, 16))
     assert cost.path((1,), 1) == cost.stage.macs[1] + cost.head.macs[1]  # jumped to

@@ -129,6 +129,60 @@ def test_replays_in_this_test_are_of_different_kinds(replays: list[Replayed]) ->
     assert [sorted(set(r.exits.tolist())) for r in replays] == [[0, 1], [0, 1, 2], [0, 2], [1]]
 
 
+# Batches
+
+
+def test_batches_decide_and_answer_as_offline(jobs: list[tuple[Deployable, Policy]]) -> None:
+    """Ten samples twice, batches of 2: 8 of them at a time are 16 samples, so that 4 are left."""
+    x = np.concatenate([X, X])
+    for (net, policy), replay in zip(jobs, Host(launches=1, warmup=0, batch=2).run(jobs, x), strict=True):
+        logits = net.predict(x, batch=1)
+        exits = policy.exits(logits)
+        assert replay.exits.tolist() == exits.tolist()
+        assert replay.answers.tolist() == policy.answer(logits, exits).argmax(-1).tolist()
+        assert [len(set(part)) for part in np.split(replay.wall_ms[0], [16])] == [1, 1]
+        assert (replay.wall_ms > 0).all() and replay.wall_ms.shape == replay.cpu_ms.shape == (1, 2 * N)
+
+
+def test_whole_batches_are_timed_link_by_link() -> None:
+    board = Host(launches=2, warmup=0, batch=4)
+    (timing,) = board.time([network(3)], X)
+    assert timing.stage_ms.shape == timing.head_cpu_ms.shape == (3, 2 * 2)
+    assert (timing.facts["batch"], timing.facts["samples"]) == ("4", "8")
+    assert board.name == "host, batch 4" and Host().name == "host"
+    assert float(timing.facts["first_answer_ms"]) > 0 and float(timing.facts["memory_mb"]) >= 0
+
+
+def test_times_are_of_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, lambda launch, net: [40, 20, 8, 4])
+    (timing,) = Host(launches=1, batch=4).time([network(1)], X)
+    found = (timing.stage_ms[0, 0], timing.stage_cpu_ms[0, 0], timing.head_ms[0, 0], timing.head_cpu_ms[0, 0])
+    assert found == pytest.approx((10e-6, 5e-6, 2e-6, 1e-6))
+
+
+def test_less_than_a_batch_cannot_be_timed() -> None:
+    with pytest.raises(UsageError, match="host, batch 16: 10 samples are less than one batch; give 16 or more"):
+        Host(batch=16).time([network(1)], X)
+
+
+def test_what_a_network_costs_before_its_first_answer(timings: list[Timing]) -> None:
+    for timing in timings:
+        assert float(timing.facts["first_answer_ms"]) > 0
+        assert timing.facts["memory_mb"] == "unknown" or float(timing.facts["memory_mb"]) >= 0
+
+
+def test_the_peak_of_memory_is_read_and_reset() -> None:
+    before = host._memory_mb(reset=True)
+    if before is None:
+        pytest.skip("this system does not say how much memory a process held")
+    held = np.ones(40_000_000, np.uint8)
+    del held
+    after = host._memory_mb()
+    assert after is not None and after - before > 30  # 40 MB were there, and are gone
+    again = host._memory_mb(reset=True)
+    assert again is not None and again < after - 30
+
+
 # The order of things
 
 
@@ -138,9 +192,9 @@ class Noting:
     def __init__(self, name: str, log: list[tuple[str, int, bool]]) -> None:
         self.name, self.log = name, log
 
-    def go(self, sample: Floats) -> list[int]:
+    def go(self, sample: Floats) -> list[list[int]]:
         self.log.append((self.name, int(sample[0]), gc.isenabled()))
-        return [int(sample[0])]
+        return [[int(sample[0])]]
 
 
 def interleaved(n_samples: int, warmup: int) -> tuple[list[tuple[str, int, bool]], dict[str, Any]]:
@@ -229,7 +283,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_stage_and_head_of_each_link_are_timed_apart(clock: Clock) -> None:
     net = Ticking(clock)
     stages_and_heads = [1010, 7, 20, 7, 30, 7]  # the start counts to the first stage
-    assert host._Links(net).go(X[:1]) == [f * ns for ns in stages_and_heads for f in (5, 2)]
+    assert host._Links(net).go(X[:1]) == [[f * ns for ns in stages_and_heads for f in (5, 2)]]
     assert net.calls == ["start", (0, 1, None), (1, 1, 0), (1, 2, None), (2, 2, 1), (2, 3, None), (3, 3, 2)]
 
 
@@ -251,7 +305,7 @@ def test_a_replay_runs_what_its_policy_reads_and_no_more(
     replay = host._Replay(net, Sure(thresholds, reads), X[:1])
     net.calls.clear()
     # Exit 0 is sure of nothing and says class 0; the others say their own index.
-    assert replay.go(X[:1]) == [5 * ns, 2 * ns, exit, exit]
+    assert replay.go(X[:1]) == [[5 * ns, 2 * ns, exit, exit]]
     assert net.calls == ["start", *plan]
 
 
@@ -265,7 +319,7 @@ def test_exit_tests_and_the_answer_are_part_of_a_replay(clock: Clock) -> None:
             clock.spend(1_000_000, 500_000)
             return super().answer(logits, exits)
 
-    readings = host._Replay(Ticking(clock), Slow((0.9, 0.9), (0, 1, 2)), X[:1]).go(X[:1])
+    (readings,) = host._Replay(Ticking(clock), Slow((0.9, 0.9), (0, 1, 2)), X[:1]).go(X[:1])
     assert readings[:2] == [5 * 1081 + 2 * 100_000 + 1_000_000, 2 * 1081 + 2 * 30_000 + 500_000]
 
 
@@ -298,10 +352,11 @@ def launched(monkeypatch: pytest.MonkeyPatch, readings: Callable[[int, Any], lis
     seen: list[list[str]] = []
 
     def launch(file: Path, threads: int, who: str) -> dict[str, Any]:
-        _, _, jobs, x = host.pickle.loads(file.read_bytes())
+        _, _, _, jobs, x = host.pickle.loads(file.read_bytes())
         seen.append([net.format for net, _ in jobs])
         rows = [np.array([readings(len(seen), net)] * len(x)) for net, _ in jobs]
-        return {"readings": rows, "wall_ns": 1000, "cpu_ns": 990, "stalled_us": None, "stopwatch_ns": (50, 500)}
+        noise = {"wall_ns": 1000, "cpu_ns": 990, "stalled_us": None, "stopwatch_ns": (50, 500)}
+        return {"readings": rows, **noise, "first_answer_ms": [1.0] * len(jobs), "memory_mb": [None] * len(jobs)}
 
     monkeypatch.setattr(host, "_launch", launch)
     monkeypatch.setattr(host, "_cores", lambda: 4)
@@ -369,7 +424,7 @@ def test_refuses_other_formats_and_missing_engines(monkeypatch: pytest.MonkeyPat
     class Keras(TorchNet):
         format = "keras"
 
-    assert Host().why_not(Keras(chain(1), {}, simulated=False)) == "host runs torch and onnx, not keras"
+    assert Host().why_not(Keras(chain(1), {}, simulated=False)) == "host runs torch, onnx, openvino, tflite, not keras"
     onnx = Onnx(chain(1), {}, simulated=False)
     assert Host().why_not(onnx) is None
     monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
@@ -382,7 +437,7 @@ def test_refuses_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "2 cores, fewer than threads=3" in (Host(threads=3).why_not(network(1)) or "")
 
 
-@pytest.mark.parametrize("field", [{"threads": 0}, {"launches": 0}, {"warmup": -1}])
+@pytest.mark.parametrize("field", [{"threads": 0}, {"launches": 0}, {"warmup": -1}, {"batch": 0}])
 def test_refuses_settings_that_measure_nothing(field: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="use threads >= 1"):
         Host(**field)

@@ -73,6 +73,45 @@ def test_a_fused_prefix_is_bit_by_bit_the_links_in_turn():
     assert np.array_equal(apart, run(Segment(0, 3, 2), x)[0])
 
 
+@pytest.mark.parametrize("name", CHAINS)
+def test_channels_last_between_segments_changes_no_bit(name):
+    chain, int_bias = CHAINS[name]
+    x = data().test.x[:4].numpy()
+    found = []
+    for channels_last in (False, True):
+        writer = OnnxChain(chain, SHAPE, int_bias, channels_last)
+        state, logits, shapes = x, [], []
+        for k in range(chain.n_exits):
+            proto = writer.write(Segment(k, k + 1, k))
+            onnx.checker.check_model(proto, full_check=True)
+            session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+            z, *rest = session.run(None, {proto.graph.input[0].name: state})
+            logits.append(z)
+            if rest:
+                (state,) = rest
+                shapes.append(state.shape)
+        found.append((np.stack(logits), shapes))
+    assert np.array_equal(found[0][0], found[1][0])
+    assert found[0][1] == [(4, 8, 8, 8), (4, 8, 4, 4)]
+    # Floats stay as they are: ONNX Runtime has a layout of its own for them.
+    assert found[1][1] == ([(4, 8, 8, 8), (4, 8, 4, 4)] if name == "float" else [(4, 8, 8, 8), (4, 4, 4, 8)])
+
+
+def test_what_nobody_reads_is_not_in_the_graph():
+    from anytime.backends.onnxruntime import OnnxRuntime
+    from anytime.backends.ptq import PTQ
+
+    net = OnnxRuntime(of=PTQ()).compress(trained(), data().calib, None)
+    first, last = net.plan([1, 2])
+    assert (first, last) == (Segment(0, 2, 1), Segment(2, 3, 2))
+    for segment, heads in ((first, {"1"}), (last, {"2"}), (net.plan([2])[0], {"2"})):
+        nodes = onnx.ModelProto.FromString(net.graph(segment)).graph.node
+        assert {n.name.split(".")[1] for n in nodes if n.name.startswith("heads.")} == heads
+        assert {int(n.name.split(".")[1]) for n in nodes if n.name.startswith("stages.")} == set(
+            range(segment.first, segment.stop)
+        )
+
+
 @pytest.mark.parametrize("target", ["float", "u8s8", "s8s8"])
 @pytest.mark.parametrize("layer", [ZeroPadShortcut(2, 3, 1), ZeroPadShortcut(1, 0, 2), MixedPool2d(4)], ids=str)
 def test_shared_layers_say_what_torch_says(layer, target):

@@ -45,7 +45,7 @@ class OnnxRuntime(Backend):
                 f"ONNX Runtime's CPU kernels here are FP32 and W8A8, not {said}: score {self.of.label} without the engine"
             )
         chain = inner.twin if inner.bits else traced(inner.twin)
-        graph = partial(written, chain, tuple(calib.x.shape[1:]))
+        graph = partial(written, chain, tuple(calib.x.shape[1:]), channels_last=True)
         net = OnnxNet(inner.twin, inner.bits, graph, {k: v for k, v in inner.facts.items() if k != "simulated"})
         net.sqnr = inner.sqnr
         return net

@@ -27,6 +27,7 @@ from anytime import cpu
 from anytime.backend import Deployable, Segment
 from anytime.board import Board, Replayed, Timing
 from anytime.errors import AnytimeError, UsageError
+from anytime.execute import Executor
 from anytime.metrics import Floats
 from anytime.policy import Policy
 
@@ -37,7 +38,13 @@ FLAGS = (
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
 SILENCE_S = 180.0  # a child beats about every second; opening one network is the longest that it may take between two
-TURN, REFRESH = 8, 3  # samples of a turn; untimed ones before them
+TURN, REFRESH = 8, 3  # batches of a turn; untimed ones before them
+ENGINES = {
+    "torch": "torch",
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "tflite": "tensorflow",
+}  # format -> package that runs it
 NOISY_SHARE = 0.10
 NOISY_RULE = (
     f"yes when, over the rounds, tasks waited for a CPU (Linux's pressure 'some') for more than {NOISY_SHARE:.0%} of the time, "
@@ -47,17 +54,22 @@ NOISY_RULE = (
 
 @dataclass(frozen=True)
 class Host(Board):
-    """Time networks on this machine's CPU, batch 1, in ``launches`` fresh processes one after the other.
+    """Time networks on this machine's CPU in ``launches`` fresh processes one after the other.
+
+    ``batch`` 1 is latency. With more it is throughput: x is cut into batches, and times are those of a batch divided by its size,
+    whole batches alone. A policy is executed on 8 batches at a time, where samples that stay wait for each other, so that
+    segments run on full ones (anytime/execute.py); these samples share one time.
 
     Every launch runs every sample. After ``warmup`` runs of each network the networks take turns, in an order that
-    rotates from round to round. A turn times 8 samples, one by one, after 3 untimed runs (on the samples before
+    rotates from round to round. A turn times 8 batches, one by one, after 3 untimed runs (on those before
     them) that bring the network's weights, code and branch history back into the core, as in a program that runs
     nothing else: a time must not depend on the company that it was measured in. (Six of B-AlexNet's size, one thread of
     ONNX Runtime: without these runs heads take 60 % and stages 8 to 23 % longer than alone, with them as long.)
 
     Handing a sample over (``start``) counts to the first stage. A replay is timed from the sample to the class, exit
     tests included. Launches follow each other in the sample axis of ``Timing``: [E, launches x R]. Clock readings are
-    not subtracted; the facts say what they take.
+    not subtracted; the facts say what they take. Facts of one network: ``first_answer_ms`` from opening it to its first answer,
+    and ``memory_mb``, by how much opening and running it once raised the peak of the process; medians over launches.
 
     With more than one thread, engines get processes of their own (their launches taking turns), for the idle
     threads of one keep spinning on the cores of the next.
@@ -68,23 +80,25 @@ class Host(Board):
     threads: int = 1
     launches: int = 3
     warmup: int = 10
+    batch: int = 1
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.launches < 1 or self.warmup < 0:
+        if self.threads < 1 or self.launches < 1 or self.warmup < 0 or self.batch < 1:
             raise UsageError(
-                f"Host: threads={self.threads}, launches={self.launches}, warmup={self.warmup}: "
-                "use threads >= 1, launches >= 1, warmup >= 0"
+                f"Host: threads={self.threads}, launches={self.launches}, warmup={self.warmup}, batch={self.batch}: "
+                "use threads >= 1, launches >= 1, warmup >= 0, batch >= 1"
             )
 
     @property
     def name(self) -> str:
-        return "host"
+        return "host" if self.batch == 1 else f"host, batch {self.batch}"
 
     def _why_not(self, net: Deployable) -> str | None:
-        if net.format not in ("torch", "onnx"):
-            return f"host runs torch and onnx, not {net.format}"
-        if net.format == "onnx" and importlib.util.find_spec("onnxruntime") is None:
-            return "onnxruntime is not installed here: pip install onnxruntime"
+        if net.format not in ENGINES:
+            return f"host runs {', '.join(ENGINES)}, not {net.format}"
+        package = ENGINES[net.format]
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed here: pip install {package}"
         if self.threads > _cores():
             return f"host may use {_cores()} cores, fewer than threads={self.threads}: set fewer threads"
         if net.needs:
@@ -103,20 +117,23 @@ class Host(Board):
             "flags": " ".join(f for f in FLAGS if f in cpu.flags()) or ("none of note" if cpu.flags() else "unknown"),
             "cores": f"{_cores()} of {os.cpu_count()}",
             "threads": str(self.threads),
+            "batch": str(self.batch),
             "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
             "mhz": f"{int(mhz) / 1e3:.0f}" if mhz else _cpuinfo("cpu MHz") or "unknown",
             "memory_gb": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f}",
             "os": platform.platform(),
             "python": platform.python_version(),
-            **{package: _version(package) for package in ("torch", "onnxruntime", "numpy")},
+            **{package: _version(package) for package in (*ENGINES.values(), "numpy")},
             "pressure_avg10": avg10[1] if avg10 else "unknown",
             "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
         }
 
     def time(self, nets: Sequence[Deployable], x: Floats) -> list[Timing]:
         timings = []
-        for readings, facts in self._measure([(net, None) for net in nets], x):
-            ms = 1e-6 * readings.reshape(-1, readings.shape[2] // 4, 2, 2).transpose(2, 3, 1, 0)
+        if 0 < len(x) < self.batch:
+            raise UsageError(f"{self.name}: {len(x)} samples are less than one batch; give {self.batch} or more")
+        for readings, facts in self._measure([(net, None) for net in nets], x[: len(x) // self.batch * self.batch]):
+            ms = 1e-6 / self.batch * readings.reshape(-1, readings.shape[2] // 4, 2, 2).transpose(2, 3, 1, 0)
             (stage, stage_cpu), (head, head_cpu) = ms
             timings.append(Timing(stage, head, stage_cpu, head_cpu, self.launches, facts))
         return timings
@@ -148,7 +165,7 @@ class Host(Board):
         reports: dict[str, list[dict[str, Any]]] = {group: [] for group in groups}
         with _own_folder() as folder:
             for group, members in groups.items():
-                _write(Path(folder) / f"jobs{group}", self.threads, self.warmup, [jobs[i] for i in members], x)
+                _write(Path(folder) / f"jobs{group}", self.threads, self.warmup, self.batch, [jobs[i] for i in members], x)
             for launch in range(self.launches):
                 for group, members in groups.items():
                     where = f"{self.name}, launch {launch + 1} of {self.launches}"
@@ -160,7 +177,10 @@ class Host(Board):
         for group, members in groups.items():
             measured = facts | {"interleaved": str(len(members))} | _noise(reports[group], self.threads)
             for place, i in enumerate(members):
-                found[i] = np.stack([report["readings"][place] for report in reports[group]]), measured
+                own = {
+                    name: _median([report[name][place] for report in reports[group]]) for name in ("first_answer_ms", "memory_mb")
+                }
+                found[i] = np.stack([report["readings"][place] for report in reports[group]]), measured | own
         return [found[i] for i in range(len(jobs))]
 
 
@@ -222,6 +242,11 @@ def noisy(pressure: float | None, waiting: float | None) -> str:
     if not shares:
         return "unknown"
     return "yes" if max(shares) > NOISY_SHARE else "no"
+
+
+def _median(each: Sequence[float | None]) -> str:
+    known = [value for value in each if value is not None]
+    return f"{np.median(known):.1f}" if known else "unknown"
 
 
 # The parent's side of a launch
@@ -293,15 +318,15 @@ def _last_words(words: Path) -> str:
 
 
 class _Links:
-    """One network, link by link: ``go`` answers, per link, wall and CPU ns of its stage, then of its head."""
+    """One network, link by link: ``go`` answers one row: per link, wall and CPU ns of its stage, then of its head."""
 
     def __init__(self, net: Deployable) -> None:
         self.net = net
         self.links = [(Segment(k, k + 1, None), Segment(k + 1, k + 1, k)) for k in range(net.n_exits)]
 
-    def go(self, sample: Floats) -> list[int]:
+    def go(self, sample: Floats) -> list[list[int]]:
         start, step, state = self.net.start, self.net.step, None
-        readings = []
+        readings: list[int] = []
         # The CPU's clock is the slow one to read: outside, so that wall times do not hold it.
         for stage, head in self.links:
             c0, w0 = process_time_ns(), perf_counter_ns()
@@ -313,11 +338,11 @@ class _Links:
             step(head, state)
             w3, c3 = perf_counter_ns(), process_time_ns()
             readings += [w1 - w0, c1 - c0, w3 - w2, c3 - c2]
-        return readings
+        return [readings]
 
 
 class _Replay:
-    """One policy on its network's plan: ``go`` answers wall ns, CPU ns, exit and class."""
+    """One policy on its network's plan, sample by sample: ``go`` answers one row of wall ns, CPU ns, exit and class."""
 
     def __init__(self, net: Deployable, policy: Policy, sample: Floats) -> None:
         self.net, self.policy, used = net, policy, policy.uses(net.n_exits)
@@ -331,7 +356,7 @@ class _Replay:
         assert logits is not None
         self.logits = np.empty((net.n_exits, *logits.shape), logits.dtype)
 
-    def go(self, sample: Floats) -> list[int]:
+    def go(self, sample: Floats) -> list[list[int]]:
         step, stop, logits, read, last = self.net.step, self.policy.stop, self.logits, self.read, len(self.plan) - 1
         logits.fill(np.nan)  # an answer that needs an exit which was not read must not look like one
         c0, w0 = process_time_ns(), perf_counter_ns()
@@ -348,11 +373,26 @@ class _Replay:
             raise AnytimeError(
                 f"{self.net.execution} under {self.policy.label} answers at exit {exit + 1} with logits that are not finite"
             )
-        return [w1 - w0, c1 - c0, exit, int(said)]
+        return [[w1 - w0, c1 - c0, exit, int(said)]]
+
+
+class _Batches:
+    """One policy on its network's plan, in batches: ``go`` answers a row per sample, with its share of the time of all."""
+
+    def __init__(self, net: Deployable, policy: Policy, batch: int) -> None:
+        self.executor = Executor(net, policy, batch)
+
+    def go(self, samples: Floats) -> list[list[int]]:
+        c0, w0 = process_time_ns(), perf_counter_ns()
+        answers = self.executor.run(samples)
+        said = answers.logits.argmax(-1)
+        w1, c1 = perf_counter_ns(), process_time_ns()
+        wall, spent = (w1 - w0) // len(samples), (c1 - c0) // len(samples)
+        return [[wall, spent, int(exit), int(label)] for exit, label in zip(answers.exits, said, strict=True)]
 
 
 def _interleave(
-    runs: Sequence[_Links | _Replay], samples: Sequence[Floats], warmup: int, beat: Callable[[], None]
+    runs: Sequence[_Links | _Replay | _Batches], samples: Sequence[Floats], warmup: int, beat: Callable[[], None]
 ) -> dict[str, Any]:
     for run in runs:
         for i in range(warmup):
@@ -369,7 +409,7 @@ def _interleave(
             for r in range(first - REFRESH, first):
                 runs[i].go(samples[r % len(samples)])
             for sample in samples[first : first + TURN]:
-                readings[i].append(runs[i].go(sample))
+                readings[i] += runs[i].go(sample)
                 beat()
     w1, c1, stalled_after = perf_counter_ns(), process_time_ns(), _stalled_us()
     gc.enable()
@@ -406,26 +446,47 @@ def _pulse() -> Callable[[], None]:
     return beat
 
 
+def _memory_mb(reset: bool = False) -> float | None:
+    """Largest memory that this process has held, from now on with ``reset``; None where the system does not say."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        peak = re.search(r"VmHWM:\s*(\d+) kB", _read("/proc/self/status"))
+        return int(peak[1]) / 1e3 if peak else None
+    except OSError:
+        return None
+
+
 def _child(jobs_file: str, report_file: str) -> None:
     beat = _pulse()
     beat()
     try:
-        threads, warmup, jobs, x = pickle.loads(Path(jobs_file).read_bytes())
+        threads, warmup, batch, jobs, x = pickle.loads(Path(jobs_file).read_bytes())
     except (AttributeError, ImportError) as error:
         raise AnytimeError(
             f"a fresh process cannot import what it shall run ({error}): move the class into a module of its own"
         ) from error
-    samples = [np.ascontiguousarray(x[r : r + 1], dtype=np.float32) for r in range(len(x))]
-    runs: list[_Links | _Replay] = []
+    at_once = batch if batch == 1 or jobs[0][1] is None else TURN * batch
+    samples = [np.ascontiguousarray(x[r : r + at_once], dtype=np.float32) for r in range(0, len(x), at_once)]
+    runs: list[_Links | _Replay | _Batches] = []
+    first_answer_ms, memory_mb = [], []
     opened = set()
     for net, policy in jobs:
+        before, begun = _memory_mb(reset=True), perf_counter_ns()
         if id(net) not in opened:
             net.open(threads)
             opened.add(id(net))
             beat()
-        runs.append(_Links(net) if policy is None else _Replay(net, policy, samples[0]))
+        if policy is None:
+            runs.append(_Links(net))
+        else:
+            runs.append(_Replay(net, policy, samples[0]) if batch == 1 else _Batches(net, policy, batch))
+        runs[-1].go(samples[0])
+        first_answer_ms.append(1e-6 * (perf_counter_ns() - begun))
+        after = _memory_mb()
+        memory_mb.append(None if before is None or after is None else after - before)
         beat()
-    report = _interleave(runs, samples, warmup, beat)
+    report = _interleave(runs, samples, warmup, beat) | {"first_answer_ms": first_answer_ms, "memory_mb": memory_mb}
     Path(report_file).write_bytes(pickle.dumps(report))
 
 

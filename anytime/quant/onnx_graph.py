@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from operator import add, getitem
 from typing import Any, NamedTuple
 
@@ -91,10 +92,12 @@ class OnnxChain:
     """A chain ready to be written, segment by segment; its links must be traced (``quant.graph.traced`` or ``quantized``).
 
     ``int_bias`` writes the biases of quantized layers as int32 (CPU engines), else float (TensorRT).
+    ``channels_last``: integer images cross segments as [B, H, W, C]. ONNX Runtime computes in that layout, and turns what comes as
+    [B, C, H, W] around slowly (of ResNet-56, batch 64: a fifth of a segment's time); OpenVINO is slower by as much the other way.
     """
 
-    def __init__(self, model: AnytimeModel, input_shape: tuple[int, ...], int_bias: bool) -> None:
-        self.model, self.int_bias = model, int_bias
+    def __init__(self, model: AnytimeModel, input_shape: tuple[int, ...], int_bias: bool, channels_last: bool = False) -> None:
+        self.model, self.int_bias, self.channels_last = model, int_bias, channels_last
         # states[k] is what enters stage k: (shape without batch, its FakeQuant or None), nested as the state is.
         x = torch.zeros(1, *input_shape)
         state: Any = x
@@ -117,7 +120,7 @@ class OnnxChain:
         first, stop, head = segment
         restarts = self.model.restarts
         fresh = first == 0 or (restarts and stop > first)  # it begins from the input
-        inputs, value = _enter(w, self.states[0 if fresh else first], "x" if fresh else "state")
+        inputs, value = _enter(w, self.states[0 if fresh else first], "x" if fresh else "state", self.channels_last)
         for k in range(first, stop)[-1:] if restarts else range(first, stop):
             value = _link(w, self.model.stages[k], f"stages.{k}", value, self.int_bias)
         outputs = []
@@ -126,7 +129,7 @@ class OnnxChain:
             w.nodes.append(helper.make_node("Identity", [logits.name], ["logits"], "logits"))
             outputs.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", self.n_classes]))
         if stop > first and (head is None or (stop < self.model.n_exits and not restarts)):
-            outputs += _leave(w, value, self.states[stop])
+            outputs += _leave(w, value, self.states[stop], self.channels_last)
         graph = helper.make_graph(w.nodes, _title(segment), inputs, outputs, list(w.initializers.values()))
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="anytime")
         proto.ir_version = IR
@@ -169,27 +172,36 @@ def _moves(node: fx.Node, module: nn.Module | None) -> bool:
     return isinstance(module, PASS_MODULES) or node.target in PASS_CALLS + PASS_METHODS
 
 
-def _enter(w: Writer, described: Any, name: str) -> tuple[list[onnx.ValueInfoProto], Any]:
+def _enter(w: Writer, described: Any, name: str, channels_last: bool) -> tuple[list[onnx.ValueInfoProto], Any]:
     if isinstance(described, list):
-        parts = [_enter(w, d, f"{name}_{i}") for i, d in enumerate(described)]
+        parts = [_enter(w, d, f"{name}_{i}", channels_last) for i, d in enumerate(described)]
         return [info for infos, _ in parts for info in infos], tuple(value for _, value in parts)
-    shape, quant = described
-    kind = TensorProto.FLOAT if quant is None else helper.np_dtype_to_tensor_dtype(np.dtype(integer_type(quant)))
-    info = helper.make_tensor_value_info(name, kind, ["batch", *shape])
+    _, quant = described
+    info, turned = _border(described, name, channels_last)
     if quant is None:
         return [info], Value(name)
+    integers = w.op("Transpose", [name], f"{name}/NCHW", perm=[0, 3, 1, 2]) if turned else name
     scale, zero_point = w._grid(quant, name)
-    return [info], w.dequantize(Q(quant, scale, zero_point, name), name)
+    return [info], w.dequantize(Q(quant, scale, zero_point, integers), name)
 
 
-def _leave(w: Writer, value: Any, described: Any, name: str = "state") -> list[onnx.ValueInfoProto]:
+def _leave(w: Writer, value: Any, described: Any, channels_last: bool, name: str = "state") -> list[onnx.ValueInfoProto]:
     if isinstance(described, list):
-        return [info for i, d in enumerate(described) for info in _leave(w, value[i], d, f"{name}_{i}")]
+        return [info for i, d in enumerate(described) for info in _leave(w, value[i], d, channels_last, f"{name}_{i}")]
     source = value.name if value.q is None else value.q.integers
     out = f"{name}_out"  # an input may be called "state" too
-    w.nodes.append(helper.make_node("Identity", [source], [out], out))
-    kind = TensorProto.FLOAT if value.q is None else helper.np_dtype_to_tensor_dtype(np.dtype(integer_type(value.q.quant)))
-    return [helper.make_tensor_value_info(out, kind, ["batch", *described[0]])]
+    info, turned = _border(described, out, channels_last)
+    node = partial(helper.make_node, "Transpose", perm=[0, 2, 3, 1]) if turned else partial(helper.make_node, "Identity")
+    w.nodes.append(node([source], [out], out))
+    return [info]
+
+
+def _border(described: Any, name: str, channels_last: bool) -> tuple[onnx.ValueInfoProto, bool]:
+    """Type and shape of a tensor between segments, and whether its channels come last."""
+    shape, quant = described
+    turned = channels_last and quant is not None and len(shape) == 3
+    kind = TensorProto.FLOAT if quant is None else helper.np_dtype_to_tensor_dtype(np.dtype(integer_type(quant)))
+    return helper.make_tensor_value_info(name, kind, ["batch", *(shape[1:] + shape[:1] if turned else shape)]), turned
 
 
 def _link(w: Writer, link: nn.Module, path: str, value: Any, int_bias: bool) -> Any:

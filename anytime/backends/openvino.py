@@ -1,0 +1,63 @@
+"""OpenVINO on the CPU: float graphs, and 8-bit Q/DQ graphs for real."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+
+from anytime.backend import Backend, Deployable, Target, TorchNet
+from anytime.dataset import Part
+from anytime.errors import Unsupported
+from anytime.model import AnytimeModel
+from anytime.onnx_net import GraphNet, OpenVINONet, written
+from anytime.quant.trace import traced
+from anytime.train import Trainer
+
+
+@dataclass(frozen=True)
+class OpenVINO(Backend):
+    """What ``of`` makes, executed by OpenVINO on the CPU: FP32, BF16 of ``BFloat16()``, or INT8 with u8 activations and s8 weights.
+
+    The same graphs as under ONNX Runtime, but for the layout of the state (see OnnxChain); a peer's graphs
+    (``OpenVINO(of=NNCF())``) are taken as they are. In BF16 the state between segments is float32, and the twin computes in
+    float32 with weights rounded to bfloat16.
+    Source: OpenVINO's documentation, "CPU Device", sections on inference precision and on quantized models; ONNX operators
+    QuantizeLinear and DequantizeLinear, opset 13.
+    """
+
+    of: Backend
+
+    @property
+    def column(self) -> str:
+        return self.of.column
+
+    def why_not(self) -> str | None:
+        if find_spec("openvino") is None or find_spec("onnx") is None:
+            return "openvino or onnx is not installed: pip install 'anytime[peers]'"
+        return self.of.why_not()
+
+    def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
+        inner = self.of.compress(model, calib, trainer, "u8s8")
+        facts = {k: v for k, v in inner.facts.items() if k != "simulated"}
+        if isinstance(inner, GraphNet):
+            return OpenVINONet(inner.twin, inner.bits, inner.graph, facts)
+        if not isinstance(inner, TorchNet):
+            raise Unsupported(f"{self.of.label} brings its own engine ({inner.execution}): leave OpenVINO out")
+        bf16 = inner.dtype == torch.bfloat16
+        odd = set(inner.bits.values()) - {(8, 8)} if not bf16 else set()
+        if odd:
+            said = ", ".join(sorted(f"W{b.weight}A{b.activation}" for b in odd))
+            raise Unsupported(
+                f"OpenVINO's CPU kernels here are FP32, BF16 and W8A8, not {said}: score {self.of.label} without the engine"
+            )
+        twin = copy.deepcopy(inner.twin).float() if bf16 else inner.twin
+        chain = twin if inner.bits and not bf16 else traced(twin)
+        net = OpenVINONet(twin, inner.bits, partial(written, chain, tuple(calib.x.shape[1:])), facts)
+        net.sqnr = inner.sqnr
+        if bf16:
+            net.precision, net.needs = "bf16", inner.needs
+        return net

@@ -1,0 +1,154 @@
+"""OpenVINO: the same graphs as under ONNX Runtime, in the precision that was asked for; what torch.compile refuses."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from anytime.backend import Backend
+from anytime.backends.float import BFloat16, Float32
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.backends.openvino import OpenVINO
+from anytime.backends.ort_quantizer import OrtQuantizer
+from anytime.backends.ptq import PTQ
+from anytime.backends.torch_compile import TorchCompile
+from anytime.engine import OnnxRuntimeGraph, OpenVINOGraph
+from anytime.errors import Unsupported, UsageError
+from anytime.model import Segment
+from anytime.quant.fake import FakeQuant
+from tests.worlds import data, trained
+
+pytestmark = pytest.mark.skipif(OpenVINO(of=Float32()).why_not() is not None, reason=str(OpenVINO(of=Float32()).why_not()))
+
+
+def made(backend):
+    return backend.compress(trained(), data().calib, None)
+
+
+@pytest.fixture(scope="module")
+def integers():
+    return made(OpenVINO(of=PTQ()))
+
+
+X = data().test.x[:32].numpy()
+
+
+def test_both_engines_run_the_same_graphs(integers):
+    other = made(OnnxRuntime(of=PTQ()))
+    for segment in (*integers.plan([0, 1, 2]), Segment(0, 3, 2)):
+        here, there = (onnx.ModelProto.FromString(net.graph(segment)).graph for net in (integers, other))
+        border = ("Identity", "Transpose")  # the layout of the state is the engine's own
+        assert [n.name for n in here.node if n.op_type not in border] == [n.name for n in there.node if n.op_type not in border]
+        assert {i.name: i.raw_data for i in here.initializer} == {i.name: i.raw_data for i in there.initializer}
+    ours, theirs = integers.predict(X), other.predict(X)
+    assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.98
+    # One step of an integer grid may fall to the other side.
+    assert np.abs(ours - theirs).max() <= 0.05 * np.abs(theirs).max()
+
+
+def test_the_state_crosses_segments_in_u8(integers):
+    state = integers.start(X)
+    for segment in integers.plan([0, 1])[:1]:
+        state, _ = integers.step(segment, state)
+    assert [part.dtype for part in state] == [np.uint8]
+    compiled = integers._graphs[Segment(0, 1, 0)]._any.compiled
+    assert [port.get_element_type().to_string() for port in compiled.outputs] == ["f32", "u8"]
+
+
+def test_a_fused_prefix_says_what_its_links_say(integers):
+    links = integers.predict(X)
+    _, logits = integers.step(Segment(0, 3, 2), integers.start(X))
+    assert np.array_equal(logits, links[2])
+
+
+def test_a_sample_alone_is_the_same_as_in_a_batch(integers):
+    """Bit by bit, ties of the input's grid too: pixels lie on them."""
+    step = next(m.scale for m in integers.twin.modules() if isinstance(m, FakeQuant)).item()
+    ties = ((np.floor(X / step) + 0.5) * step).astype(np.float32)
+    for x in (X, ties):
+        assert np.array_equal(integers.predict(x, batch=1), integers.predict(x, batch=13))
+    floats = made(OpenVINO(of=Float32()))
+    assert np.allclose(floats.predict(X, batch=1), floats.predict(X, batch=13), atol=1e-4)
+
+
+def test_what_was_answered_stays_as_it_was(integers):
+    """Its own buffers are written over by the next sample; what it has handed out must not be."""
+    (first, *_), (second, *_) = (integers.plan([0, 1, 2]),) * 2
+    state, logits = integers.step(first, integers.start(X[:1]))
+    kept = [part.copy() for part in (*state, logits)]
+    integers.step(second, integers.start(X[1:2]))
+    assert all(np.array_equal(a, b) for a, b in zip(kept, (*state, logits), strict=True))
+
+
+def test_what_ran_is_read_back_by_layer(integers):
+    assert set(integers.executed(X[:1]).values()) == {"int8"}
+    assert set(made(OpenVINO(of=Float32())).executed(X[:1]).values()) == {"fp32"}
+    left_out = made(OpenVINO(of=PTQ(keep_float=("heads.1.0",))))
+    assert [layer for layer, kind in left_out.executed(X[:1]).items() if kind != "int8"] == ["heads.1.0"]
+
+
+def test_the_precision_is_said_and_never_the_engines_default():
+    hint = "INFERENCE_PRECISION_HINT"
+    for backend, said in ((Float32(), "f32"), (BFloat16(), "bf16")):
+        net = made(OpenVINO(of=backend))
+        net.step(net.plan([2])[0], net.start(X[:1]))
+        assert net._graphs[Segment(0, 3, 2)]._single.compiled.get_property(hint).to_string() == said
+    if BFloat16().compress(trained(), data().calib, None).needs and not _has_bf16():
+        pytest.skip("this CPU multiplies no bfloat16")
+    assert "bf16" in net.executed(X[:1]).values()
+
+
+def _has_bf16():
+    from anytime import cpu
+
+    return cpu.has_any(cpu.BF16_KERNELS)
+
+
+def test_a_peers_graphs_are_taken_as_they_are():
+    theirs = OrtQuantizer().compress(trained(), data().calib, None)
+    net = OpenVINO(of=OrtQuantizer()).compress(trained(), data().calib, None)
+    assert (net.execution, net.bits) == ("OpenVINO", theirs.bits)
+    assert (net.predict(X).argmax(-1) == theirs.predict(X).argmax(-1)).mean() >= 0.95
+
+
+def test_other_widths_are_refused():
+    with pytest.raises(Unsupported, match="W4A8.*score PTQ.* without the engine"):
+        made(OpenVINO(of=PTQ(weight_bits=4)))
+    with pytest.raises(Unsupported, match="Foreign brings its own engine .its own engine.: leave OpenVINO out"):
+        made(OpenVINO(of=Foreign()))
+    with pytest.raises(Unsupported, match="torch.compile runs floating point, not PTQ"):
+        made(TorchCompile(of=PTQ()))
+
+
+class Foreign(Backend):
+    """Neither torch's nor a graph."""
+
+    def compress(self, model, calib, trainer, target="u8s8"):
+        return SimpleNamespace(execution="its own engine", facts={})
+
+
+@pytest.mark.parametrize("graph", [OnnxRuntimeGraph, OpenVINOGraph])
+def test_a_file_that_is_no_graph_fails_at_once(graph):
+    with pytest.raises(Exception, match="(?i)protobuf|model|read"):
+        graph(b"no graph", 1)
+
+
+def test_a_wrong_shape_is_not_repeated_into_the_right_one(integers):
+    run = OpenVINOGraph(integers.graph(Segment(0, 1, 0)), 1)
+    for x in (np.zeros((1, 3, 16, 16), np.float32), np.zeros((2, 3, 16, 16), np.float32)):
+        run([x])
+        with pytest.raises(UsageError, match="an input of shape .* where the graph takes"):
+            run([x[:, :, :1, :1]])
+        with pytest.raises(TypeError):
+            run([x.astype(np.float64)])
+
+
+def test_threads_are_taken(integers):
+    integers.open(2)
+    integers.step(integers.plan([0])[0], integers.start(X[:1]))
+    assert integers._graphs[Segment(0, 1, 0)]._single.compiled.get_property("INFERENCE_NUM_THREADS") == 2
+    integers.open(1)
+    assert not integers._graphs
+    torch.set_num_threads(1)
