@@ -15,7 +15,7 @@ import torch
 
 from anytime import __version__
 
-PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "ptflops", "scikit-learn")
+PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "ptflops", "scikit-learn")
 
 
 @lru_cache
