@@ -194,7 +194,9 @@ def policy_of(said: Mapping[str, Any]) -> Policy:
         raise CorruptFile(
             f"the bundle's {name} is of version {said.get('version')}, here it is {kinds[name].version}: export again"
         )
-    fields = {k: _tuples(v) for k, v in said.items() if k not in ("is", "version")}
+    fields: dict[str, Any] = {
+        k: policy_of(v) if isinstance(v, dict) else _tuples(v) for k, v in said.items() if k not in ("is", "version")
+    }
     try:
         return kinds[name](**fields)
     except TypeError as error:

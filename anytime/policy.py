@@ -50,6 +50,11 @@ class Policy(Spec, ABC):
         """Exits that it reads, ascending; the last of them takes what is left. Heads of others are never run."""
         return tuple(range(n_exits))
 
+    @property
+    def answers_as(self) -> str:
+        """ "exit taken", or the name of the policy that answers with other logits than those of the exit taken."""
+        return "exit taken" if type(self).answer is Policy.answer else type(self).__name__
+
     # Fitting ---------------------------------------------------------------------------------------------------
 
     def fit(self, val: Predictions, cost: PathCost, budget: float) -> Policy:

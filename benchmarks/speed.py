@@ -19,9 +19,8 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from time import perf_counter_ns, process_time_ns
 from typing import Any
@@ -55,6 +54,7 @@ from anytime.onnx_if import single_file
 from anytime.onnx_net import GraphNet, OnnxNet, OpenVINONet, written
 from anytime.policies.confidence import MaxProb
 from anytime.policies.fixed import Fixed
+from anytime.policies.reading import Reading
 from anytime.policy import PathCost, Policy
 from anytime.quant.trace import traced
 from anytime.train import Recipe, Trainer, load_weights
@@ -62,39 +62,6 @@ from anytime.train import Recipe, Trainer, load_weights
 ZOO = Path(__file__).resolve().parent.parent / "results" / "zoo"
 GEMM = 2048  # side of the matrices whose product is the machine's INT8 peak
 Jobs = Mapping[str, tuple[Deployable, Policy]]
-
-
-@dataclass(frozen=True)
-class Reading(Policy):
-    """A fitted policy that reads only the exits ``reads`` of a network.
-
-    Source: this project.
-    """
-
-    reads: tuple[int, ...] = ()
-    inner: Policy = Fixed()
-
-    def uses(self, n_exits: int) -> tuple[int, ...]:
-        """Just those."""
-        return self.reads
-
-    def _stop(self, logits: Floats) -> Bools:
-        return self.inner.stop(logits)
-
-    def _fit(self, val: Predictions, cost: PathCost, budget: float) -> Policy:
-        raise NotImplementedError("it is made of a fitted one")
-
-
-@dataclass(frozen=True)
-class Within:
-    """The cost of paths of a network of which only some exits are read."""
-
-    cost: PathCost
-    reads: tuple[int, ...]
-
-    def path(self, uses: tuple[int, ...], exit: int) -> float:
-        """As the whole network's."""
-        return self.cost.path(tuple(self.reads[k] for k in uses), self.reads[exit])
 
 
 class Gemm(TorchNet):
@@ -191,20 +158,14 @@ def predictions(net: Deployable, parts: Data, part: str) -> Predictions:
 def chosen(val: Predictions, cost: PathCost, wanted: float) -> Policy:
     """The cheapest policy whose accuracy on val is ``wanted``, of all that read up to three exits; see the head of this file."""
     found: list[tuple[float, Policy]] = []
-    for reads in (r for n in (1, 2, 3) for r in combinations(range(val.n_exits), n)):
-        some, within = replace(val, logits=val.logits[list(reads)]), Within(cost, reads)
-        try:
-            inner = (MaxProb() if len(reads) > 1 else Fixed(0)).fit_accuracy(some, within, wanted)
-        except Infeasible:
-            continue
-        found.append((inner.spends(inner.exits(some.logits), len(reads), within), Reading(reads, inner)))
-    if not found:  # untrained: a third leaves at each of three exits
-        reads = (0, val.n_exits // 2, val.n_exits - 1)
-        inner = MaxProb().fit(
-            replace(val, logits=val.logits[list(reads)]), Within(cost, reads), 0.6 * cost.path(reads, reads[-1])
-        )
-        return Reading(reads, inner)
-    return min(found, key=lambda f: f[0])[1]
+    for asked in (Fixed(), Reading(of=MaxProb())):
+        with suppress(Infeasible):
+            policy = asked.fit_accuracy(val, cost, wanted)
+            found.append((policy.spends(policy.leave(val), val.n_exits, cost), policy))
+    if found:
+        return min(found, key=lambda f: f[0])[1]
+    reads = (0, val.n_exits // 2, val.n_exits - 1)  # untrained: a third leaves at each of three exits
+    return Reading(of=MaxProb(), reads=reads).fit(val, cost, 0.6 * cost.path(reads, reads[-1]))
 
 
 # Times

@@ -21,6 +21,7 @@ from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.eenet import EENet
 from anytime.policies.fixed import Fixed
 from anytime.policies.random import Random
+from anytime.policies.reading import Reading
 from anytime.policies.risk import RiskControl
 from anytime.policies.sdn import SDN
 from anytime.policies.ztw import ZTW
@@ -28,7 +29,11 @@ from anytime.policy import PathCost, Policy
 from tests.contracts import policy as contract
 
 # What a keeper needs to be asked at all, and what makes its fit quick.
-ARGUMENTS: dict[type[Policy], dict[str, Any]] = {EENet: {"seed": 0, "steps": 4}, Random: {"of": Entropy()}}
+ARGUMENTS: dict[type[Policy], dict[str, Any]] = {
+    EENet: {"seed": 0, "steps": 4},
+    Random: {"of": Entropy()},
+    Reading: {"of": Entropy()},
+}
 
 
 def keepers() -> Iterator[Policy]:
@@ -42,6 +47,8 @@ def keepers() -> Iterator[Policy]:
                 yield from (cls(**(given | {f.name: True})) for f in dataclasses.fields(cls) if f.default is False)
     yield RiskControl(0.2, against="labels")
     yield Random(of=ZTW())
+    yield Reading(of=SDN(), reads=(0, 1))
+    yield Reading(of=ZTW(), most=2)
 
 
 KEEPERS = {p.label: p for p in keepers()}
@@ -51,6 +58,7 @@ def test_the_walk_finds_them_all() -> None:
     named = {"Fixed", "Patience", "GeometricSplit", "EENet", "RiskControl 0.05", "RiskControl 0.2 of accuracy", "Oracle"}
     searched = ("MaxProb", "Entropy", "Margin", "SDN", "ZTW")
     named |= {*searched, *(f"{name} per exit" for name in searched), "Random as Entropy", "Random as ZTW"}
+    named |= {"Entropy reading at most 3 exits", "SDN reading exits 1, 2", "ZTW reading at most 2 exits"}
     assert KEEPERS.keys() >= named
     assert len(KEEPERS) == len(list(keepers())), "two policies have one label"
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from anytime.errors import Infeasible, Leak, Unsupported, UsageError
 from anytime.metrics import Floats, PartName, Predictions, take
+from anytime.policies.reading import Reading
 from anytime.policy import PathCost, Policy
 from anytime.spec import plain
 from anytime.threshold import Threshold
@@ -256,7 +257,7 @@ def takes_temperatures(policy: Policy) -> None:
         divided = val.logits / steps[:, None, None]
         assert cooled.exits(val.logits).tolist() == fitted.exits(divided).tolist(), "temperatures do not divide the logits"
         assert cooled.label == fitted.label, "a temperature changes the label"
-        for k in range(val.n_exits - 1):
+        for k in fitted.uses(val.n_exits)[:-1]:
             at = np.full(len(val.labels), k)
             before, after = fitted.answer(val.logits, at), cooled.answer(val.logits, at)
             assert (before.argmax(-1) == after.argmax(-1)).all(), f"a temperature changes the class that exit {k + 1} says"
@@ -268,6 +269,9 @@ def matches_shares(policy: Policy) -> None:
     for fitted, val, _, _ in fits(policy):
         n_exits, n = val.n_exits, len(val.labels)
         for wanted in (np.arange(n_exits)[::-1], np.ones(n_exits), np.eye(n_exits)[n_exits // 2], np.eye(n_exits)[-1]):
+            wanted = np.where(np.isin(np.arange(n_exits), fitted.uses(n_exits)), wanted, 0.0)
+            if not wanted.any():
+                continue
             try:
                 matched = fitted.matched((wanted / wanted.sum()).tolist(), val.logits)
             except Unsupported:
@@ -282,6 +286,8 @@ def matches_shares(policy: Policy) -> None:
 
 def ties(policy: Policy, val: Predictions) -> int:
     """How many samples have the same score at an exit, at most."""
+    if isinstance(policy, Reading) and policy.of is not None:
+        return ties(policy.of, replace(val, logits=val.logits[list(policy.uses(val.n_exits))]))
     scores = policy.scores(val.logits[:-1]) if isinstance(policy, Threshold) else np.zeros((0, 0))
     return max((int(np.unique(s, return_counts=True)[1].max()) for s in scores), default=1)
 
