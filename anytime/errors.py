@@ -46,6 +46,10 @@ class Collapsed(AnytimeError):
     """An exit of a compressed network answers no better than chance; the message names the first bad layer."""
 
 
+class Unreachable(AnytimeError):
+    """A board does not answer: nothing is known of what runs there, and nothing has failed."""
+
+
 class Leak(AnytimeError):
     """A fit was about to see test data, or samples that the network was trained on."""
 

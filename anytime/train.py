@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import safetensors.torch
 import torch
@@ -25,7 +25,7 @@ from anytime.augment import cutout
 from anytime.dataset import Augment, Part
 from anytime.errors import CorruptFile, Diverged, UsageError, WriteError, near
 from anytime.losses import Joint, Loss
-from anytime.model import AnytimeModel
+from anytime.model import AnytimeModel, ModelSpec
 from anytime.osgd import OSGD
 from anytime.spec import Spec
 
@@ -80,6 +80,16 @@ class Recipe(Spec):
             _torch_name(torch.optim.lr_scheduler, self.schedule, torch.optim.lr_scheduler.LRScheduler, "schedule")
 
 
+class Others(Protocol):
+    """Makes another network for the same data, and its trainer: what a member of an ensemble comes from."""
+
+    def __call__(
+        self, i: int = 0, model: ModelSpec | None = None, recipe: Recipe | None = None, fresh: bool = False
+    ) -> tuple[AnytimeModel, Trainer]:
+        """The network of training seed ``i`` (0: the experiment's own), of another ``model`` or ``recipe`` where given; trained,
+        or with ``fresh`` as it was built."""
+
+
 @dataclass(frozen=True)
 class Trainer:
     """All that a backend may learn from: val and test cannot be reached from it.
@@ -87,7 +97,8 @@ class Trainer:
     ``folder`` holds checkpoints and finished weights, one subfolder per named training; None keeps nothing.
     ``zoo`` holds finished weights that came with the repository, by the same names.
     ``key`` says whose training this is (data, model, recipe, seeds), so that a name within it is unique.
-    ``tune`` is for choices that are not weights: bits, observers, which of several.
+    ``tune`` is for choices that are not weights: bits, observers, which of several. ``hold`` is for what is learned from the
+    answers of finished networks (stackers). ``others`` makes the other members of an ensemble; None where nobody knows of any.
     """
 
     recipe: Recipe
@@ -99,6 +110,8 @@ class Trainer:
     key: str = ""
     progress: Progress = field(default=silent, compare=False)
     tune: Part | None = None
+    hold: Part | None = None
+    others: Others | None = field(default=None, compare=False)
 
     def fit(
         self,
@@ -137,7 +150,7 @@ class Trainer:
         else:
             place = self.folder / self.place(name)
             with locked(place):
-                if not self._load_finished(model, place):
+                if not self._load_finished(model, name):
                     _run(model, recipe, self, seed, name, place, each_epoch)
         return model.eval()
 
@@ -145,15 +158,28 @@ class Trainer:
         """What a training of this name is called on disk."""
         return f"{self.key}-{name}"
 
-    def _load_finished(self, model: AnytimeModel, place: Path) -> bool:
-        found = [place / "weights.safetensors"]
-        if self.zoo is not None:
-            found.append(self.zoo / f"{place.name}.safetensors")
-        for path in found:
-            if path.exists():
-                load_weights(model, path)
-                return True
-        return False
+    def wall_s(self, name: str = "base") -> float | None:
+        """Seconds that the finished training of this name took; None where nothing tells."""
+        found = self.finished(name)
+        if not found:
+            return None
+        with found[0].open("rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        said = header.get("__metadata__", {}).get("wall_s")
+        return None if said is None else float(said)
+
+    def finished(self, name: str = "base") -> list[Path]:
+        """Where weights of a finished training of this name lie, the first to be taken."""
+        place = self.place(name)
+        kept = [] if self.folder is None else [self.folder / place / "weights.safetensors"]
+        kept += [] if self.zoo is None else [self.zoo / f"{place}.safetensors"]
+        return [path for path in kept if path.exists()]
+
+    def _load_finished(self, model: AnytimeModel, name: str) -> bool:
+        found = self.finished(name)
+        if found:
+            load_weights(model, found[0])
+        return bool(found)
 
 
 def _run(

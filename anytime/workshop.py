@@ -31,6 +31,8 @@ Predicted = Literal["tune", "val", "hold", "test", "calib"]
 PREDICTED: tuple[Predicted, ...] = get_args(Predicted)
 USUAL = PREDICTED[:4]  # calib came later: what was predicted before lacks it, and does well without until it is asked for
 
+MEMBER_SEEDS = 1000  # between the training seeds of the members of an ensemble: more than an experiment has of its own
+
 
 class Workshop:
     """Everything expensive, made once.
@@ -54,22 +56,20 @@ class Workshop:
         With ``recipe.start`` "static" every network of a suite begins from the same weights: those of the network
         without exits, trained by the recipe from scratch; so the static twin too is trained twice as long.
         """
-        parts = self.data(data, seed)
-        torch.manual_seed(train_seed * 1000)
-        net = model.build(parts.input_shape, parts.n_classes)
+        net = self._built(data, model, train_seed, seed)
         if net.trained_on:
             return net.eval()  # published weights are taken as they are
         trainer = self.trainer(data, model, recipe, train_seed, seed)
-        if recipe.start == "static" and not self._finished(trainer):
+        if recipe.start == "static" and not trainer.finished():  # else nobody needs what it began from
             trunk = _trunk(model)
             base = self.trained(data, trunk, replace(recipe, start="scratch"), train_seed, seed)
             _inherit(net, base, alike=trunk == model)
         return trainer.fit(net)
 
-    def _finished(self, trainer: Trainer) -> bool:
-        """Whether its weights lie in the cache or in the zoo, so that nobody needs those that it began from."""
-        name = trainer.place("base")
-        return any(p.exists() for p in (self.cache / "trained" / name / "weights.safetensors", self.zoo / f"{name}.safetensors"))
+    def _built(self, data: DatasetSpec, model: ModelSpec, train_seed: int, seed: int) -> AnytimeModel:
+        parts = self.data(data, seed)
+        torch.manual_seed(train_seed * 1000)
+        return model.build(parts.input_shape, parts.n_classes)
 
     def trainer(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> Trainer:
         """The trainer of a cell; its key names the training."""
@@ -80,7 +80,19 @@ class Workshop:
         def say(what: str, done: int, total: int) -> None:
             self.progress(f"train {model.label} on {data.label}" + ("" if what == "base" else " again"), done, total)
 
-        return Trainer(recipe, parts.train, train_seed, parts.augment, self.cache / "trained", self.zoo, name, say, parts.tune)
+        own_model, own_recipe = model, recipe
+
+        def other(
+            i: int = 0, model: ModelSpec | None = None, recipe: Recipe | None = None, fresh: bool = False
+        ) -> tuple[AnytimeModel, Trainer]:
+            model, recipe, its_seed = model or own_model, recipe or own_recipe, train_seed + MEMBER_SEEDS * i
+            trainer = self.trainer(data, model, recipe, its_seed, seed)
+            if fresh:
+                return self._built(data, model, its_seed, seed), trainer
+            return self.trained(data, model, recipe, its_seed, seed), trainer
+
+        folder = self.cache / "trained"
+        return Trainer(recipe, parts.train, train_seed, parts.augment, folder, self.zoo, name, say, parts.tune, parts.hold, other)
 
     def net(self, cell: Cell) -> Deployable:
         """The compressed network of a cell; kept while the workshop lives."""

@@ -19,6 +19,7 @@ from anytime.models.sdn import SDN
 from anytime.models.sparse_resnet import SparseResNet
 from anytime.models.static import Static
 from anytime.policies.confidence import Entropy, MaxProb
+from anytime.policies.reading import Reading
 from experiments.common import cifar_recipe
 
 STATIC = tuple(Static(SDN(trunk)) for trunk in ("resnet56", "resnet44", "resnet32", "resnet20"))
@@ -29,7 +30,7 @@ EXPERIMENT = Experiment(
     suites=(Suite(CIFAR10(), (*STATIC, SDN("resnet56")), others=((SparseResNet(), cifar_recipe(Joint())),)),),
     recipe=cifar_recipe(Rising()),  # of a network with one exit it is the plain cross-entropy
     backends=(OnnxRuntime(of=Float32()), OnnxRuntime(of=PTQ(8, 8))),
-    policies=(MaxProb(), Entropy()),
+    policies=(MaxProb(), Entropy(), Reading(of=MaxProb())),
     budgets=(0.2, 0.325, 0.45, 0.55, 0.775, 1.0),
     boards=(Host(),),
 )

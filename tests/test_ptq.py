@@ -1,13 +1,19 @@
 """The steps of post-training quantization, in their order, as one backend."""
 
+import copy
+
 import pytest
+import torch
 
 from anytime.backend import fake_quant_net
 from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.ptq import PTQ
-from anytime.errors import Collapsed
-from anytime.policies.threshold import MaxProb
+from anytime.dataset import Part
+from anytime.errors import Collapsed, Unsupported, UsageError
+from anytime.policies.confidence import MaxProb
+from anytime.quant.bias import reestimate_bn
 from anytime.quant.graph import prepared
+from anytime.quant.trace import traced
 from anytime.reach import Reach
 from tests.contracts.backend import backend_keeps_its_promise
 from tests.worlds import Restarting, data, trained, trainer
@@ -17,6 +23,8 @@ STEPS = {
     "equalized": PTQ(4, 8, equalize=True),
     "bias corrected": PTQ(4, 8, correct_bias=True),
     "adaround": PTQ(4, 8, rounding="adaround", iterations=20),
+    "statistics anew": PTQ(4, 8, reestimate_bn=True, correct_bias=True),
+    "statistics anew, learned": PTQ(4, 8, reestimate_bn=True, rounding="adaround", iterations=20),
     "brecq": PTQ(4, 8, rounding="brecq", iterations=20),
     "everything": PTQ(
         4, 4, equalize=True, correct_bias=True, rounding="qdrop", iterations=20, reach=Reach(MaxProb(), 0.8), add_bits=8
@@ -33,6 +41,45 @@ def test_stages_that_restart_are_reconstructed_too():
     backend_keeps_its_promise(PTQ(4, 8, rounding="qdrop", iterations=10), trained(Restarting()), data(), trainer())
 
 
+def test_behind_batch_norm_rounded_layers_have_the_moments_of_float_ones():
+    """Rounding to 3 bits changes the mean and variance of every channel; folded statistics keep the change, new ones do not."""
+    x, y = data().calib.x[:256], data().calib.y[:256]
+
+    def moments(model):
+        seen = []
+        hook = model.get_submodule("stages.0.0").register_forward_hook(lambda _m, _x, out: seen.append(out))
+        model(x)
+        hook.remove()
+        flat = seen[0].transpose(0, 1).flatten(1)
+        return torch.stack([flat.mean(1), flat.std(1)])
+
+    def change(backend):
+        twin = backend.compress(trained(), Part(x, y, "calib", "some"), trainer()).twin
+        return (moments(twin) - moments(traced(trained()))).abs().amax(1)
+
+    folded, anew = (change(PTQ(3, 8, edge_bits=3, reestimate_bn=r)) for r in (False, True))
+    assert (anew < 1e-3).all() and (folded > 10 * anew).all()
+
+
+def test_only_what_rounding_moves_counts_as_moved():
+    """The saboteur: calibration images paler than the training images, whose own statistics are a fifth off."""
+    pale, x = Part(0.8 * data().calib.x, data().calib.y, "calib", "pale"), data().test.x[:64]
+    folded, anew = (PTQ(8, 8, reestimate_bn=r).compress(trained(), pale, trainer()).twin(x) for r in (False, True))
+    naive = copy.deepcopy(trained())
+    reestimate_bn(naive, pale.x)
+    with torch.no_grad():
+        assert (anew - folded).square().mean() < 0.1 * (naive.eval()(x) - trained()(x)).square().mean()
+
+
+def test_what_statistics_anew_cannot_go_with():
+    with pytest.raises(UsageError, match="reestimate_bn together with equalize, which needs"):
+        PTQ(4, 8, reestimate_bn=True, equalize=True)
+    with pytest.raises(UsageError, match="reestimate_bn together with reach"):
+        PTQ(4, 8, reestimate_bn=True, reach=Reach(MaxProb(), 0.8))
+    with pytest.raises(Unsupported, match="no BatchNorm"):
+        PTQ(4, 8, reestimate_bn=True).compress(trained(Restarting()), data().calib, trainer())
+
+
 def test_records_can_say_what_was_done():
     net = STEPS["everything"].compress(trained(), data().calib, trainer())
     assert net.facts["reconstructed"].endswith("20 iterations each") and int(net.facts["biases corrected"]) > 0
@@ -41,6 +88,7 @@ def test_records_can_say_what_was_done():
 
 def test_the_column_names_the_steps():
     assert PTQ(4, 8).column == "W4A8 PTQ" and PTQ().column == "INT8 PTQ"
+    assert STEPS["statistics anew"].column == "W4A8 PTQ (BN, BC)"
     assert STEPS["everything"].column == "INT4 PTQ (CLE, QDrop, BC, reached)"
 
 

@@ -13,9 +13,21 @@ from torch import nn
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
 from anytime.models.branchynet import BAlexNet, BLeNet
+from anytime.quant import graph
 from anytime.quant.fake import FakeQuant, QConv2d, on_grid
 from anytime.quant.graph import Widths, prepared, quantized, traced
-from anytime.quant.ranges import BINS, Grid, Histogram, activation_grid, affine, entropy_amax, symmetric, weight_scales
+from anytime.quant.ranges import (
+    BINS,
+    MANY,
+    SHRINK,
+    Grid,
+    Histogram,
+    activation_grid,
+    affine,
+    entropy_amax,
+    symmetric,
+    weight_scales,
+)
 from tests.worlds import Tiny, data, trained
 
 
@@ -122,6 +134,61 @@ def test_mse_by_brute_force():
     best = min(np.square(rounded(x, symmetric(a, 4, narrow=False)) - x).mean() for a in ends)
     got = np.square(rounded(x, activation_grid(seen(x), "mse", 4, signed=True)) - x).mean()
     assert got <= best * 1.05
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.sampled_from([2, 4, 8]), st.booleans(), st.sampled_from([300, 5000]))
+def test_the_range_that_bins_choose_is_within_a_percent_of_what_the_values_choose(seed, bits, signed, n):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_t(3, n).astype(np.float32)
+    x = np.maximum(x, 0) if seed % 2 else x
+    low, high, amax = x.min(), x.max(), np.abs(x).max()
+    every = [symmetric(s * amax, bits, False) if signed else affine(s * low, s * high, bits) for s in SHRINK]
+    best = min(np.square(rounded(x, g) - x).sum() for g in every)
+    got = np.square(rounded(x, activation_grid(seen(x), "mse", bits, signed)) - x).sum()
+    assert got <= 1.01 * best
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=200), st.integers(0, 1))
+def test_bins_are_those_of_torch(values, rectified):
+    x = torch.tensor(values).relu() if rectified else torch.tensor(values)
+    low, high = float(x.min()), float(x.max())
+    h = seen(x)
+    if high > low:
+        assert np.array_equal(h.counts, torch.histc(x, BINS, low, high).numpy())
+        assert np.array_equal(h.abs_counts, torch.histc(x.abs(), BINS, 0.0, h.amax).numpy())
+    else:
+        assert not h.counts.any()
+
+
+@pytest.mark.parametrize("reached", [None, torch.arange(200) % 3])
+def test_one_pass_or_two_see_the_same(monkeypatch, reached):
+    """The saboteur of a single pass: extremes that come with the last batch."""
+    x = data().train.x[:200].clone()
+    x[-1] *= 9
+    net = quantized(trained(), Widths(8, 8), "u8s8")
+    runs = []
+    monkeypatch.setattr(net.model.stages[0], "forward", lambda x, of=net.model.stages[0].forward: (runs.append(len(x)), of(x))[1])
+    once = net.observe(x, reached)
+    n_once, held = sum(runs), sum(h.counts.sum() for h in once.values())
+    monkeypatch.setattr(graph, "MOST_KEPT", int(held / 2))  # it runs over when half is seen
+    twice = net.observe(x, reached)
+    assert n_once == 200 and sum(runs) == 600 and held > 0
+    for name, h in once.items():
+        other = twice[name]
+        assert (h.low, h.high, h.moving) == (other.low, other.high, other.moving) and h.counts.sum() > 0
+        assert np.array_equal(h.counts, other.counts) and np.array_equal(h.abs_counts, other.abs_counts)
+        assert h.kept is None and other.kept is None  # nothing stays in memory
+    assert not any(h.counts.any() for h in net.observe(x, reached, values=False).values())
+
+
+def test_of_a_large_tensor_every_eleventh_value_is_kept():
+    x = torch.randn(2, MANY)
+    h = Histogram(keep=True)
+    h.see_extremes(x)
+    assert h.n_kept == -(-2 * MANY // 11) and h.high == float(x.max())
+    h.count()
+    assert np.array_equal(h.counts, torch.histc(x.flatten()[::11], BINS, h.low, h.high).numpy())
 
 
 def reference_entropy_amax(counts, amax, levels):

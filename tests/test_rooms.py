@@ -21,11 +21,12 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "backend": "spec metrics model dataset train quant",
     "engine": "", "onnx_net": "metrics model quant backend engine", "peer": "spec model backend",
     "keras_chain": "model layers quant", "tflite_net": "metrics model backend keras_chain",
-    "cost": "metrics model backend", "reach": "spec policy metrics dataset model backend cost",
+    "cost": "metrics model backend", "ensemble": "metrics model dataset train backend cost",
+    "reach": "spec policy metrics dataset model backend cost",
     "board": "spec metrics backend policy",
     "config": "spec model dataset train backend policy board",
     "models": "spec model layers", "datasets": "spec metrics dataset augment", "policies": "spec metrics stops policy threshold",
-    "backends": "spec metrics model dataset losses train quant backend cpu onnx_net peer cost reach keras_chain tflite_net",
+    "backends": "spec metrics model dataset losses train quant backend cpu onnx_net peer cost reach ensemble keras_chain tflite_net",
     "boards": "spec metrics backend board policy stops cpu execute",
     "find": "spec config",
     "facts": "spec config model dataset backend board policy record",
@@ -43,7 +44,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
 
 HEAVY = {  # vendor -> rooms that may import it at the top of a file; the others only inside a method
     "torch": {
-        *("model", "layers", "dataset", "augment", "losses", "train", "quant", "backend", "cost"),
+        *("model", "layers", "dataset", "augment", "losses", "train", "quant", "backend", "cost", "ensemble"),
         *("models", "datasets", "backends", "boards"),
         *("workshop", "scoring", "run", "machine", "osgd", "onnx_net", "peer", "keras_chain", "tflite_net"),
     },

@@ -1,8 +1,9 @@
 """Small worlds that the tests share: a tiny chain, synthetic data, a recipe of seconds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import torch
 from torch import nn
 
 from anytime.dataset import Data
@@ -76,3 +77,19 @@ def trainer(**recipe) -> Trainer:
 def trained(spec: ModelSpec = Tiny()) -> AnytimeModel:
     """Tiny, or another one, trained."""
     return trainer().fit(spec.build((3, 16, 16), 4), fresh=0)
+
+
+def family(spec: ModelSpec = Tiny(), **fields) -> Trainer:
+    """The trainer of ``spec``, which knows the other members of its ensemble; nothing is kept."""
+    own = replace(trainer(), hold=data().hold, key=spec.label, **fields)
+
+    def other(i=0, model=None, recipe=None, fresh=False):
+        its = model or spec
+        its_trainer = replace(
+            own, others=other, train_seed=i, recipe=recipe or own.recipe, key=f"{its.label} {i}" if i else its.label
+        )
+        torch.manual_seed(i)
+        net = its.build((3, 16, 16), 4)
+        return (net if fresh else its_trainer.fit(net)), its_trainer
+
+    return replace(own, others=other)

@@ -18,6 +18,7 @@ from anytime.quant.ranges import Histogram, Observer, activation_grid, weight_sc
 from anytime.quant.trace import conv_before, drop_node, links, module_of, tidy, traced
 
 Calibration = dict[str, Histogram]  # name of a tensor -> what was seen of it
+MOST_KEPT = 1 << 28  # values of all tensors that calibration holds at a time: 1 GiB
 
 
 class Quantized:
@@ -49,7 +50,8 @@ class Quantized:
         """What the float network's tensors hold for x [N, C, H, W]: every link is run, so no exit leaves anything out.
 
         ``reached`` [N]: the last stage that each sample enters; a stage then sees only the samples that reach it.
-        ``values`` False leaves the histograms empty, for observers that need only extremes.
+        ``values`` False leaves the histograms empty, for observers that need only extremes. The network
+        runs once where what they need of it fits into 1 GiB, else twice; the histograms are the same.
         Unsupported without samples, and on NaN.
         """
         if len(x) == 0:
@@ -58,16 +60,23 @@ class Quantized:
         self.model.eval()
         for _, layer in self.layers():
             layer.on = False
-        for q in quantizers:
-            q.seen = Histogram()
-        passes: tuple[Literal["extremes", "values"], ...] = ("extremes", "values") if values else ("extremes",)
-        for mode in passes:
+        seen = {q.name: Histogram(keep=values) for q in quantizers}
+
+        def run(mode: Literal["extremes", "values"]) -> None:
             for q in quantizers:
-                q.mode = mode
+                q.mode, q.seen = mode, seen[q.name]
             with torch.inference_mode():
                 for i in range(0, len(x), batch):
                     _watch(self.model, x[i : i + batch], None if reached is None else reached[i : i + batch])
-        seen = {q.name: q.seen for q in quantizers if q.seen is not None}
+                    if sum(h.n_kept for h in seen.values()) > MOST_KEPT:
+                        for h in seen.values():
+                            h.kept = None
+
+        run("extremes")
+        if values and any(h.kept is None for h in seen.values()):
+            run("values")
+        for h in seen.values():
+            h.count()
         for q in quantizers:
             q.seen, q.mode = None, "off"
         return seen

@@ -160,12 +160,19 @@ def _out_quant(stage: fx.GraphModule, entering: Any) -> Any:
         if node.op == "call_function" and node.target is getitem:
             held = of(node.args[0])
             return held[node.args[1]] if isinstance(held, tuple) else held
+        if node.target is torch.cat:
+            return _one(set(of(node.args[0])))
         module = stage.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, FakeQuant):
             return module
         return of(node.args[0]) if _moves(node, module) else None
 
     return of(stage.graph.output_node().args[0])
+
+
+def _one(grids: set[FakeQuant | None]) -> FakeQuant | None:
+    """The one grid that everything which is concatenated shares, as TensorRT wants it; None where they differ or are float."""
+    return next(iter(grids)) if len(grids) == 1 else None
 
 
 def _moves(node: fx.Node, module: nn.Module | None) -> bool:
@@ -410,7 +417,8 @@ def _call(w: Writer, node: fx.Node, name: str, args: list[Any], kwargs: dict[str
     if target in (torch.relu, F.relu, "relu"):
         return Value(w.op("Relu", [args[0].name], name))
     if target is torch.cat:
-        return Value(w.op("Concat", [v.name for v in args[0]], name, axis=kwargs.get("dim", args[1] if len(args) > 1 else 0)))
+        out = w.op("Concat", [v.name for v in args[0]], name, axis=kwargs.get("dim", args[1] if len(args) > 1 else 0))
+        return _keep(w, out, args[0][0], name) if _one({v.q and v.q.quant for v in args[0]}) else Value(out)
     if target is F.adaptive_avg_pool2d and _pair(args[1]) == [1, 1]:
         return Value(w.op("GlobalAveragePool", [args[0].name], name))
     if target == "detach":

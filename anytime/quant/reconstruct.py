@@ -212,10 +212,10 @@ class Stage(NamedTuple):
 def partition(net: Quantized, model: AnytimeModel, how: Reconstruction) -> tuple[fx.Node, list[Stage]]:
     """The name of the chain's input, and every stage's units; ``model`` is the traced float chain that ``net`` was made of.
 
-    "layer": each layer by itself, with its ReLU and the quantizer behind them. "block": a link is cut wherever everything
-    goes through one tensor, and what has no layer belongs to the layer before it: a residual block is one unit. A piece of
-    more than six layers between two cuts (dense connections, states of several tensors) is learned layer by layer, each
-    with what leads to it. A head's units follow those of its stage, whose last one knows the head.
+    "layer": each layer by itself, with its BatchNorm, its ReLU and the quantizer behind them. "block": a link is cut wherever
+    everything goes through one tensor, and what has no layer belongs to the layer before it: a residual block is one unit. A
+    piece of more than six layers between two cuts (dense connections, states of several tensors) is learned layer by layer,
+    each with what leads to it. A head's units follow those of its stage; the last of these that it reads knows the head.
     """
     plain = dict(links(model))
     alias: dict[fx.Node, Any] = {}
@@ -236,9 +236,10 @@ def partition(net: Quantized, model: AnytimeModel, how: Reconstruction) -> tuple
             units = _units(_layerwise([*body, *ops], leaves, alone=True), {*leaves, result})
         else:
             units = _units([*_blocks(body, leaves), *_blocks(ops, {result})], {*leaves, result})
-            last = max((i for i, u in enumerate(units) if u.ops[0].node.graph is not link.graph), default=None)
-            if last is not None and how.exit_weight:
-                units[last] = _with_exit(units[last], ops, result)
+            read = {n for op in ops for n in op.reads} - {op.node for op in ops}
+            feeds = [i for i, u in enumerate(units) if u.layers and not read.isdisjoint(u.gives)]
+            if feeds and how.exit_weight:
+                units[feeds[-1]] = _with_exit(units[feeds[-1]], ops, result)
         found.append(Stage(tuple(units), leaves))
     return entry, found
 
@@ -302,7 +303,7 @@ def _blocks(ops: list[Op], state: Set[fx.Node]) -> list[list[Op]]:
 
 
 def _layerwise(ops: list[Op], state: Set[fx.Node], alone: bool) -> list[list[Op]]:
-    """Ops cut behind each layer, its ReLU and their quantizer; ``alone``: before it too."""
+    """Ops cut behind each layer, its BatchNorm, its ReLU and their quantizer; ``alone``: before it too."""
     readers: dict[fx.Node, list[Op]] = {}
     for op in ops:
         for n in op.reads:
@@ -330,7 +331,7 @@ def _layerwise(ops: list[Op], state: Set[fx.Node], alone: bool) -> list[list[Op]
 
 
 def _fuses(op: Op) -> bool:
-    return isinstance(op.rounded, FakeQuant) or is_relu(op.node.graph.owning_module, op.node)  # type: ignore[arg-type]
+    return isinstance(op.rounded, FakeQuant | nn.BatchNorm2d) or is_relu(op.node.graph.owning_module, op.node)  # type: ignore[arg-type]
 
 
 def _n_layers(ops: Iterable[Op]) -> int:
@@ -371,13 +372,12 @@ def reconstruct(
     is the squared error summed over channels, the mean over everything else (BRECQ's), plus ``penalty`` times
     AdaRoundWeight.undecided. Deterministic for a seed, a machine and a number of threads; draws from no generator but its own.
 
-    The unit that ends a stage is learned with the head that reads it: to the error at the stage's output is added that of
-    the logits which the float head makes of it, weighed so that equal relative errors count 1 : ``exit_weight``, that is, by
-    it times the targets' mean square at the output over that at the logits, both summed over channels. Then the head's own
-    units learn, on what is rounded before them. This form is this project's. Squared errors at SDN ResNet-20's first exit on
-    val (W4A4, sums at 8 bits, 1,000 iterations), at the stage's output and at the logits: 0.226 and 0.038 with weight 0,
-    0.234 and 0.035 with 0.1, 0.269 and 0.043 with 1; 0.270 and 0.045 when block and head learn at once, with weight 1: 32 x 10
-    logits tell thousands of roundings little but noise. Unit "layer" knows no such thing.
+    The unit that a head reads is learned with that head: to the error at its output is added that of the logits which the
+    float head makes of it, weighed so that equal relative errors count 1 : ``exit_weight``, that is, by it times the targets'
+    mean square at the output over that at the logits, both summed over channels. Then the head's own units learn, on what is
+    rounded before them. This form is this project's: where block and head learn at once, both rounded, the head decides its
+    roundings while the block's still move, and early exits gain less (benchmarks/reconstruct.py says how much). Unit
+    "layer" knows no such thing.
     Source: Nagel et al., ICML 2020, arXiv:2004.10568 (AdaRound); Li, Gong, Tan et al., ICLR 2021, arXiv:2102.05426 (BRECQ,
     section 3); Wei et al., ICLR 2022, arXiv:2203.05740 (QDrop); facts from the code of BRECQ, QDrop and MQBench. Deviations:
     plain squared error, not weighed by the Fisher information, as in all three codes' defaults; a unit's output is compared
