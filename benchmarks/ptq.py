@@ -36,7 +36,7 @@ def main() -> None:
     model = ResNet20().build((3, 32, 32), 10).train()
     x = torch.randn(1024, 3, 32, 32)
     with torch.no_grad():  # BatchNorm statistics of these images, so that activations have a trained network's size
-        for part in x.split(128):
+        for part in torch.split(x, 128):
             model(part)
     model.eval()
     calib = Part(x, torch.randint(10, (1024,)), "calib", "random")

@@ -1,0 +1,404 @@
+"""Graphs as TensorRT takes them, a checker of its rules, and the ranges that its calibrators would look for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from operator import getitem
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, fx
+
+from anytime.errors import Unsupported
+from anytime.model import AnytimeModel
+from anytime.quant.fake import FakeQuant
+from anytime.quant.graph import Quantized
+from anytime.quant.place import asks_shape
+from anytime.quant.ranges import NEEDS_VALUES, Observer, activation_grid
+from anytime.quant.trace import links, traced
+
+MULTIPLIERS = ("Conv", "Gemm")
+# What the writer of graphs knows, all of it in TensorRT's list of ONNX operators; If by the rule for its boundary.
+KNOWN = {
+    *("Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "DequantizeLinear", "Flatten", "Gemm"),
+    *(
+        "GlobalAveragePool",
+        "Identity",
+        "If",
+        "LRN",
+        "MaxPool",
+        "Mul",
+        "Pad",
+        "QuantizeLinear",
+        "Relu",
+        "Sigmoid",
+        "Slice",
+        "Tanh",
+    ),
+}
+LATEST_OPSET, LATEST_IR = 13, 8  # TensorRT 8.0's
+INTEGERS = (TensorProto.INT8, TensorProto.UINT8)
+
+
+# The form
+
+
+def for_tensorrt(written: onnx.ModelProto, fp16: bool) -> onnx.ModelProto:
+    """A graph of OnnxChain with float biases and s8 grids -> the same arithmetic in the form that TensorRT 8.0 to 11 takes.
+
+    Weights in integers become float ones behind Q/DQ, as NVIDIA's own tools write them. Tensors between segments are float32, on
+    their grid: trtexec would turn integers at the border into floats by itself. With ``fp16`` whatever is not fed by integers
+    computes in FP16 between Casts, but for LRN, whose sums of squares overflow it. (Price: a state crosses in 4 bytes a value.)
+    Source: NVIDIA/TensorRT, samples/common/sampleEngines.cpp (borders); NVIDIA Model Optimizer 0.47, AutoCast (FP16 by Casts).
+    """
+    model = onnx.ModelProto.FromString(written.SerializeToString())
+    edit = _Edit(model.graph)
+    edit.float_weights()
+    edit.float_borders()
+    if fp16:
+        edit.half()
+    edit.finish()
+    onnx.checker.check_model(model)
+    return model
+
+
+def one_sample(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for batch 1, its shapes static."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    for info in (*model.graph.input, *model.graph.output):
+        info.type.tensor_type.shape.dim[0].dim_value = 1
+    return model
+
+
+class _Edit:
+    """Changes one graph: every pass puts new nodes where they belong in the order."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.nodes = list(graph.node)
+        self.constants = {c.name: c for c in graph.initializer}
+
+    def finish(self) -> None:
+        """Write the nodes back, and only the constants that are read."""
+        read = {name for node in self.nodes for name in node.input}
+        del self.graph.node[:], self.graph.initializer[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.initializer.extend(c for name, c in self.constants.items() if name in read)
+
+    def float_weights(self) -> None:
+        done = []
+        for node in self.nodes:
+            if node.op_type == "DequantizeLinear" and node.input[0] in self.constants:
+                name, scale, zero = node.input
+                axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+                q, step = self._value(name), self._value(scale)
+                shape = [-1 if d == axis else 1 for d in range(q.ndim)] if step.ndim else []
+                self._put(name, q.astype(np.float32) * step.reshape(shape))
+                done.append(helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}/Q:out"], f"{name}/Q", axis=axis))
+                node.input[0] = f"{name}/Q:out"
+            done.append(node)
+        self.nodes = done
+
+    def float_borders(self) -> None:
+        dequantized = {node.input[0]: node for node in self.nodes if node.op_type == "DequantizeLinear"}
+        entered = []
+        for info in self.graph.input:
+            if self._is_integer(info):
+                name, grid = info.name, dequantized[info.name].input[1:]
+                for node in self.nodes:
+                    for i, read in enumerate(node.input):
+                        if read == name:
+                            node.input[i] = f"{name}/Q:out"
+                dequantized[f"{name}/Q:out"] = dequantized[name]
+                entered.append(helper.make_node("QuantizeLinear", [name, *grid], [f"{name}/Q:out"], f"{name}/Q"))
+        self.nodes = [*entered, *self.nodes]
+        made = {out: node for node in self.nodes for out in node.output}
+        for info in self.graph.output:
+            if self._is_integer(info):
+                identity = made[info.name]
+                source = identity.input[0]
+                if source not in dequantized:
+                    grid = made[source].input[1:]
+                    dequantized[source] = helper.make_node(
+                        "DequantizeLinear", [source, *grid], [f"{info.name}/DQ:out"], f"{info.name}/DQ"
+                    )
+                    self.nodes.insert(self.nodes.index(identity), dequantized[source])
+                identity.input[0] = dequantized[source].output[0]
+
+    def half(self) -> None:
+        made = {out: node for node in self.nodes for out in node.output}
+        borders = {info.name for info in self.graph.output}
+        wide: set[str] = {info.name for info in self.graph.input}  # tensors in float32 that are not to be touched
+        full: set[int] = set()
+        for node in self.nodes:
+            by_integers = node.op_type in MULTIPLIERS and any(
+                read in made and made[read].op_type == "DequantizeLinear" for read in node.input[1:2]
+            )
+            follows = node.op_type not in MULTIPLIERS and any(id(made[read]) in full for read in node.input if read in made)
+            if (
+                by_integers or follows or node.op_type in ("QuantizeLinear", "DequantizeLinear", "LRN")
+                or borders & set(node.output)
+            ):  # fmt: skip
+                full.add(id(node))
+                wide |= set(node.output)
+        done: list[onnx.NodeProto] = []
+        cast: set[str] = set()
+
+        def as_(kind: str, name: str) -> str:
+            to = TensorProto.FLOAT16 if kind == "fp16" else TensorProto.FLOAT
+            if f"{name}/{kind}" not in cast:
+                cast.add(f"{name}/{kind}")
+                done.append(helper.make_node("Cast", [name], [f"{name}/{kind}"], f"{name}/{kind}", to=to))
+            return f"{name}/{kind}"
+
+        for node in self.nodes:
+            for i, read in enumerate(node.input):
+                if read in self.constants:
+                    if id(node) not in full and self.constants[read].data_type == TensorProto.FLOAT:
+                        self._put(f"{read}/fp16", self._value(read).astype(np.float16))
+                        node.input[i] = f"{read}/fp16"
+                elif read in wide and id(node) not in full:
+                    node.input[i] = as_("fp16", read)
+                elif read and read not in wide and id(node) in full:
+                    node.input[i] = as_("fp32", read)
+            done.append(node)
+        self.nodes = done
+
+    def _is_integer(self, info: onnx.ValueInfoProto) -> bool:
+        """Whether a border tensor is in integers; from now on it is not."""
+        kind = info.type.tensor_type
+        if kind.elem_type in (TensorProto.UINT8, TensorProto.UINT16, TensorProto.INT16):
+            raise Unsupported(f"{info.name}: TensorRT's integers are symmetric and of 8 bits; compress for the target s8s8")
+        if kind.elem_type != TensorProto.INT8:
+            return False
+        kind.elem_type = TensorProto.FLOAT
+        return True
+
+    def _value(self, name: str) -> NDArray[Any]:
+        return numpy_helper.to_array(self.constants[name])
+
+    def _put(self, name: str, value: NDArray[Any]) -> None:
+        self.constants[name] = numpy_helper.from_array(value, name)
+
+
+# The rules
+
+
+def broken_rules(model: onnx.ModelProto) -> list[str]:
+    """What TensorRT would refuse, or run otherwise than it was meant: a sentence for each, naming the node; [] for a good graph.
+
+    Source: NVIDIA TensorRT documentation, "Explicit quantization", "Q/DQ placement recommendations" and the operators' pages;
+    ``reference/quantization.md``, sections c and d. Not executed: no TensorRT can be had where this is built.
+    """
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    said = []
+    if opset != LATEST_OPSET:
+        said.append(f"opset {opset}: Q/DQ per channel begin with 13, and TensorRT 8.0 reads no later one")
+    if model.ir_version > LATEST_IR:
+        said.append(f"IR version {model.ir_version}: old parsers read up to {LATEST_IR}")
+    for info in (*model.graph.input, *model.graph.output):
+        kind = info.type.tensor_type
+        shape = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+        if shape[:1] != [1] or not all(shape):
+            said.append(f"{info.name}: an engine of a segment takes one sample of a static shape, not {shape}")
+        if kind.elem_type != TensorProto.FLOAT:
+            said.append(f"{info.name}: tensors at the border are float32, trtexec would make them so")
+    return said + [sentence for rule in RULES for sentence in rule(_View(model.graph))] + _in_branches(model.graph, set())
+
+
+class _View:
+    """A graph, ready to be asked."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.nodes = list(graph.node)
+        self.constants = {c.name: numpy_helper.to_array(c) for c in graph.initializer}
+        self.made = {out: node for node in self.nodes for out in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def of(self, *kinds: str) -> Iterator[onnx.NodeProto]:
+        """Nodes of these kinds."""
+        return (node for node in self.nodes if node.op_type in kinds)
+
+    def maker(self, name: str, *kinds: str) -> onnx.NodeProto | None:
+        """Who makes a tensor, if it is of one of these kinds."""
+        node = self.made.get(name)
+        return node if node is not None and node.op_type in kinds else None
+
+    def quantized(self, node: onnx.NodeProto) -> bool:
+        """Whether a layer's weight comes from integers."""
+        return len(node.input) > 1 and self.maker(node.input[1], "DequantizeLinear") is not None
+
+    def behind_pair(self, name: str) -> str | None:
+        """What a DQ's float tensor was before its Q; None where there is no such pair."""
+        dq = self.maker(name, "DequantizeLinear")
+        q = None if dq is None else self.maker(dq.input[0], "QuantizeLinear")
+        return None if q is None else str(q.input[0])
+
+
+def _operators(v: _View) -> Iterator[str]:
+    for node in v.nodes:
+        if node.op_type not in KNOWN or node.domain not in ("", "ai.onnx"):
+            yield f"{node.name}: the operator {node.op_type} is not one that these graphs are known to run with"
+        for a in node.attribute:
+            if node.op_type == "MaxPool" and a.name == "dilations" and set(a.ints) - {1}:
+                yield f"{node.name}: TensorRT pools without dilations"
+
+
+def _grids(v: _View) -> Iterator[str]:
+    for node in v.of("QuantizeLinear", "DequantizeLinear"):
+        scale, zero = (v.constants.get(name) for name in (*node.input[1:3], "", "")[:2])
+        if scale is None or zero is None:
+            yield f"{node.name}: scale and zero point must be constants"
+            continue
+        if scale.dtype != np.float32 or not (np.isfinite(scale) & (scale > 0)).all():
+            yield f"{node.name}: scales must be float32, positive and finite"
+        if zero.dtype != np.int8 or zero.any():
+            yield f"{node.name}: zero points must be int8 and 0"
+        if zero.shape != scale.shape:
+            yield f"{node.name}: {scale.size} scales and {zero.size} zero points"
+
+
+def _pairs(v: _View) -> Iterator[str]:
+    for node in v.of("QuantizeLinear"):
+        readers = v.readers.get(node.output[0], [])
+        if not readers or any(r.op_type != "DequantizeLinear" or list(r.input[1:]) != list(node.input[1:]) for r in readers):
+            yield f"{node.name}: a Q must be followed by a DQ of the same scale"
+    for node in v.of("DequantizeLinear"):
+        if v.maker(node.input[0], "QuantizeLinear") is None:
+            yield f"{node.name}: a DQ must stand behind a Q (weights too: TensorRT 8 takes no integer constants)"
+    for name, readers in v.readers.items():
+        quantized = {(r.input[1], r.input[2]) for r in readers if r.op_type == "QuantizeLinear"}
+        if len(quantized) > 1 or sum(r.op_type == "QuantizeLinear" for r in readers) > 1:
+            yield f"{name}: one pair for all its readers, or it is kept twice"
+
+
+def _layers(v: _View) -> Iterator[str]:
+    for node in v.of(*MULTIPLIERS):
+        read = v.maker(node.input[0], "DequantizeLinear") is not None
+        if v.quantized(node) and not read:
+            yield f"{node.name}: its weight is quantized and its input is not, so it would run in float"
+        if not v.quantized(node):
+            continue
+        flipped = node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
+        axis, weight = int(flipped), v.made[node.input[1]]
+        source = v.behind_pair(node.input[1])
+        if source not in v.constants:
+            yield f"{node.name}: its weight is no constant"
+            continue
+        for half in (weight, v.made[weight.input[0]]):
+            scale = v.constants.get(half.input[1], np.ones(0))
+            at = next((a.i for a in half.attribute if a.name == "axis"), 1)
+            if scale.ndim != 1 or at != axis or len(scale) != v.constants[source].shape[axis]:
+                yield f"{half.name}: weights take one scale for each channel out, along axis {axis}"
+        if len(node.input) > 2 and v.maker(node.input[2], "DequantizeLinear") is not None:
+            yield f"{node.name}: TensorRT keeps biases in float"
+
+
+def _activations(v: _View) -> Iterator[str]:
+    for node in v.of("QuantizeLinear"):
+        if node.input[0] not in v.constants and v.constants.get(node.input[1], np.ones(())).ndim:
+            yield f"{node.name}: an activation takes one scale"
+
+
+def _fusions(v: _View) -> Iterator[str]:
+    for node in v.of("Relu", "BatchNormalization", "Clip"):
+        before = v.behind_pair(node.input[0])
+        conv = None if before is None else v.maker(before, *MULTIPLIERS)
+        if conv is not None and len(v.readers[conv.output[0]]) == 1:
+            yield f"{node.name}: a Q/DQ pair between {conv.name} and it keeps them from being fused"
+
+
+def _additions(v: _View) -> Iterator[str]:
+    for node in v.of("Add"):
+        direct = [v.maker(name, "Conv") for name in node.input]
+        convs = [conv for conv in direct if conv is not None and v.quantized(conv)]
+        pairs = [v.behind_pair(name) for name in node.input]
+        rounded = [v.maker(p, "Conv") for p in pairs if p is not None]
+        if len([p for p in pairs if p is not None]) == 2 and any(c is not None and v.quantized(c) for c in rounded):
+            yield f"{node.name}: both its inputs are quantized, so no convolution takes the addition in"
+        elif convs and not any(p is not None for p in pairs) and not any(v.maker(name, "Add", "Relu") for name in node.input):
+            yield f"{node.name}: its skip side is not quantized, so {convs[0].name} leaves in float"
+
+
+def _concatenations(v: _View) -> Iterator[str]:
+    for node in v.of("Concat"):
+        grids = {tuple(dq.input[1:]) if (dq := v.maker(name, "DequantizeLinear")) is not None else None for name in node.input}
+        after = {tuple(r.input[1:]) for r in v.readers.get(node.output[0], []) if r.op_type == "QuantizeLinear"}
+        if len(grids) > 1 or (grids != {None} and after != grids):
+            yield f"{node.name}: what is concatenated, and the whole, must share one scale"
+
+
+RULES: tuple[Callable[[_View], Iterator[str]], ...] = (
+    *(_operators, _grids, _pairs, _layers, _activations, _fusions, _additions, _concatenations),
+)
+
+
+def _in_branches(graph: onnx.GraphProto, outer: set[str]) -> list[str]:
+    """No tensor of integers goes into a branch of an If, or comes out of it."""
+    integers = outer | {n.output[0] for n in graph.node if n.op_type == "QuantizeLinear"}
+    integers |= {c.name for c in graph.initializer if c.data_type in INTEGERS}
+    said = []
+    for node in graph.node:
+        for branch in (a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH):
+            own = {n.output[0] for n in branch.node if n.op_type == "QuantizeLinear"}
+            read = {name for n in branch.node for name in n.input}
+            for name in sorted((read & integers) | ({o.name for o in branch.output} & own)):
+                said.append(f"{node.name}: TensorRT's If takes no integers across its border, and {name} is some")
+            said += _in_branches(branch, integers)
+    return said
+
+
+# Ranges for TensorRT's calibrators
+
+
+def tensor_scales(model: AnytimeModel, x: Tensor, observer: Observer) -> dict[str, float]:
+    """Scale of every activation of a chain, over samples x [N, ...]: name of the tensor in its graphs -> largest |x| / 127.
+
+    TensorRT's calibrators look at every tensor before fusion (entropy "2" and "minmax" do), not only where Q/DQ would stand.
+    """
+    chain = traced(model)
+    for path, link in links(chain):
+        for node in list(link.graph.nodes):
+            called = node.op == "call_module" and sum(n.target == node.target for n in link.graph.nodes) == 1
+            if node.op == "placeholder":
+                if path.startswith("stages.") and (path == "stages.0" or chain.restarts):
+                    _watch_behind(link, node, "x")
+            elif node.op.startswith("call_") and node.target is not getitem and not asks_shape(node):
+                _watch_behind(link, node, f"{path}.{node.target if called else node.name}:out")
+        link.recompile()
+    seen = Quantized(chain, {}, ()).observe(x, values=observer in NEEDS_VALUES)
+    return {name: activation_grid(h, observer, 8, signed=True).scale for name, h in seen.items()}
+
+
+def graph_scales(graph: onnx.GraphProto, known: dict[str, float], entering: Sequence[float]) -> dict[str, float]:
+    """Scale of every activation in the graph of a segment, in its order; ``entering``: those of its inputs.
+
+    Tensors inside what a layer is written as share the scale of what they are made of.
+    """
+    found = dict(zip((i.name for i in graph.input), entering, strict=True))
+    for node in graph.node:
+        source = next((found[name] for name in node.input if name in found), None)
+        for out in node.output:
+            scale = known.get(out, source)
+            if scale is not None:
+                found[out] = scale
+    return found
+
+
+def _watch_behind(link: fx.GraphModule, node: fx.Node, name: str) -> None:
+    at = f"watch_{node.name}"
+    link.add_module(at, FakeQuant(8, True, name))
+    with link.graph.inserting_after(node):
+        new = link.graph.call_module(at, (node,))
+    node.replace_all_uses_with(new, lambda user: user is not new)
+
+
+Calibrator = Literal["entropy2", "minmax"]
+OBSERVERS: dict[Calibrator, Observer] = {"entropy2": "entropy", "minmax": "minmax"}
