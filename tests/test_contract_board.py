@@ -16,12 +16,14 @@ import anytime.boards
 from anytime.backend import Deployable, Segment
 from anytime.board import Board, Replayed, Timing
 from anytime.boards.host import Host
+from anytime.boards.ssh import Ssh
 from anytime.errors import AnytimeError
 from anytime.metrics import Floats
 from anytime.policy import Policy
 from tests.contracts.board import check
 
 MADE: dict[type[Board], Board] = {Host: Host(launches=2, warmup=1)}
+ELSEWHERE = {Ssh: "test_ssh.py, which has a machine for it"}
 
 
 def keepers() -> Iterator[type[Board]]:
@@ -31,7 +33,7 @@ def keepers() -> Iterator[type[Board]]:
                 yield cls
 
 
-@pytest.mark.parametrize("cls", list(keepers()))
+@pytest.mark.parametrize("cls", [cls for cls in keepers() if cls not in ELSEWHERE])
 def test_keeps_the_contract(cls: type[Board]) -> None:
     check(MADE.get(cls) or cls())
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from anytime.errors import AnytimeError, Collapsed, Unsupported
 from anytime.model import AnytimeModel
-from anytime.quant.diagnose import check_collapse, fallen, first_bad, layer_sqnr, worst
+from anytime.quant.diagnose import diagnosed, fallen, first_bad, layer_sqnr, worst
 from anytime.quant.graph import Widths, prepared, quantized, traced
 from anytime.quant.ranges import affine
 from tests.worlds import Restarting, Tiny, data, trained
@@ -191,8 +191,8 @@ def test_a_network_that_is_not_rounded_never_falls(k, n, seed):
 
 def test_good_eight_bits_pass():
     model, part = traced(trained()), data().tune
-    check_collapse(rounded(model), model, part.x, part.y)
-    check_collapse(rounded(model).freeze(True), model, part.x, part.y, batch=7)
+    diagnosed(rounded(model), model, part.x, part.y)
+    diagnosed(rounded(model).freeze(True), model, part.x, part.y, batch=7)
 
 
 @pytest.mark.parametrize("what", ["weights", "activations"])
@@ -206,7 +206,7 @@ def test_a_scale_that_is_a_thousand_times_too_large_is_found(path, exit, what):
     net = rounded(model)
     (dict(net.layers())[path].weight_scale if what == "weights" else net.sources[path].scale).mul_(1000)
     with pytest.raises(Collapsed, match=rf"exit {exit} .* 5?8?\d\.\d% in float .* first bad layer is {path} \(") as failed:
-        check_collapse(net, model, part.x, part.y)
+        diagnosed(net, model, part.x, part.y)
     assert isinstance(failed.value, AnytimeError)
 
 
@@ -218,7 +218,7 @@ def test_the_layer_lies_on_the_way_to_the_exit():
     layers["heads.0.2"].weight_scale.mul_(1000)  # exit 1: at chance in float too
     layers["heads.2.3"].weight_scale.mul_(1000)
     with pytest.raises(Collapsed, match=r"exit 3 .* first bad layer is heads\.2\.3"):
-        check_collapse(net, model, part.x, part.y)
+        diagnosed(net, model, part.x, part.y)
 
 
 def test_of_stages_that_restart_only_the_last_is_on_the_way():
@@ -230,12 +230,12 @@ def test_of_stages_that_restart_only_the_last_is_on_the_way():
     with torch.no_grad():
         model.heads[0].get_submodule("2").weight.zero_()  # ... is at chance too
     with pytest.raises(Collapsed, match=r"exit 2 .* first bad layer is stages\.1\.0"):
-        check_collapse(net, model, part.x, part.y)
+        diagnosed(net, model, part.x, part.y)
 
 
 def test_no_samples_are_said():
     model, part = traced(trained()), data().tune
     with pytest.raises(Unsupported, match="no calibration samples"):
-        check_collapse(rounded(model), model, part.x[:0], part.y[:0])
+        diagnosed(rounded(model), model, part.x[:0], part.y[:0])
     with pytest.raises(Unsupported, match="no calibration samples"):
         fallen(np.zeros((1, 0, 3)), np.zeros((1, 0, 3)), np.zeros(0, dtype=int))

@@ -27,7 +27,7 @@ def test_training_repairs_what_few_bits_break(learns, fold_bn):
     few = {"weight_bits": 2, "activation_bits": 2, "observer": "minmax", "weight_observer": "minmax"}
     rounded = prepared(trained(), data().calib.x, PTQ(**few).widths, "u8s8", "minmax", "minmax")
     before = accuracy(fake_quant_net(rounded, "u8s8"))
-    qat = QAT(**few, epochs=6, lr_scale=1.0, learns=learns, fold_bn=fold_bn)
+    qat = QAT(**few, epochs=10, lr_scale=1.0, learns=learns, fold_bn=fold_bn)
     net = qat.compress(trained(), data().calib, trainer())
     assert accuracy(net)[-1] > before[-1] + 0.05
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in net.twin.modules())

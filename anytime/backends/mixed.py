@@ -14,6 +14,7 @@ from anytime.cost import account
 from anytime.dataset import Part
 from anytime.errors import Infeasible, Unsupported, UsageError
 from anytime.model import AnytimeModel
+from anytime.quant.diagnose import diagnosed
 from anytime.quant.graph import Widths, quantized
 from anytime.quant.ranges import Observer
 from anytime.quant.search import Allocation, Choices, choices, divergence, sensitivities
@@ -101,7 +102,9 @@ class MixedPrecision(Backend):
         net = quantized(float_chain, self._widths(self.candidates[0], allocation.bits), target, self.keep_float)
         net.calibrate(seen, self.observer, self.weight_observer)
         net.check_coverage()
+        sqnr = diagnosed(net, float_chain, calib.x[:256], calib.y[:256])
         done = fake_quant_net(net, target)
+        done.sqnr = sqnr
         want, got = (torch.from_numpy(TorchNet(m, {}, simulated=True).predict(x.numpy())) for m in (float_chain, done.twin))
         spent = {form: f"{c.cost(allocation.bits) / _w8a8(c):.4f}" for form, c in (("plain", plain), ("expected", counted))}
         done.facts |= {

@@ -14,7 +14,7 @@ from anytime.dataset import Part
 from anytime.errors import Unsupported, UsageError
 from anytime.model import AnytimeModel
 from anytime.quant.bias import correct_bias, reestimate_bn
-from anytime.quant.diagnose import check_collapse, layer_sqnr
+from anytime.quant.diagnose import diagnosed
 from anytime.quant.equalize import equalize
 from anytime.quant.graph import quantized
 from anytime.quant.ranges import NEEDS_VALUES
@@ -90,8 +90,7 @@ class PTQ(IntegerBackend):
             _match_bn(net.model, chain, calib.x)
         if self.correct_bias:
             facts["biases corrected"] = str(correct_bias(net, chain, calib.x, reached))
-        check_collapse(net, chain, calib.x[:256], calib.y[:256])
-        sqnr = layer_sqnr(net, chain, calib.x[:128])
+        sqnr = diagnosed(net, chain, calib.x[:256], calib.y[:256])
         deployable = fake_quant_net(net, target)
         deployable.facts |= facts
         deployable.sqnr = sqnr

@@ -13,6 +13,7 @@ from anytime.dataset import Part
 from anytime.errors import UsageError
 from anytime.losses import FromTeacher
 from anytime.model import AnytimeModel
+from anytime.quant.diagnose import diagnosed
 from anytime.quant.graph import prepared
 from anytime.quant.learned import Method, learn
 from anytime.quant.trace import traced
@@ -61,6 +62,7 @@ class QAT(IntegerBackend):
             loss=FromTeacher(of=trainer.recipe.loss, share=self.teach) if self.teach else None, each_epoch=self._freeze,
         )  # fmt: skip
         net.model.trained_on = student.trained_on
+        diagnosed(net, traced(model, self.fold_bn), calib.x[:256], calib.y[:256])  # noise is none of its training's: not kept
         return fake_quant_net(net, target)
 
     def _freeze(self, model: AnytimeModel, done: float) -> None:

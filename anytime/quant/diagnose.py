@@ -26,26 +26,7 @@ def layer_sqnr(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, ba
     inf without an error, -inf where the rounded one makes NaN or infinity. Unsupported without samples, and for the chain
     of another network.
     """
-    rounded = net.model if isinstance(net, Quantized) else net
-    _need(len(x))
-    check_same_layers(rounded, model)
-    signal: dict[str, float] = {}
-    noise: dict[str, float] = {}
-    wanted: dict[str, list[Tensor]] = {}
-
-    def keep(path: str, z: Tensor) -> None:
-        wanted.setdefault(path, []).append(z.clone())  # a ReLU behind it may work in place
-
-    def compare(path: str, z_hat: Tensor) -> None:
-        z = wanted[path].pop(0)
-        signal[path] = signal.get(path, 0.0) + float(z.square().sum(dtype=torch.float64))
-        noise[path] = noise.get(path, 0.0) + float((z_hat - z).square().sum(dtype=torch.float64))
-
-    with torch.no_grad(), _shown(model, keep), _shown(rounded, compare):
-        for part in _batches(x, batch):
-            model(part)
-            rounded(part)
-    return {path: _decibels(signal[path], noise[path]) for path in signal}
+    return _compared(net, model, x, len(x), batch)[2]
 
 
 def worst(sqnr: Mapping[str, float], n: int = 5) -> list[tuple[str, float]]:
@@ -105,26 +86,53 @@ def fallen(reference: Floats, logits: Floats, labels: Ints) -> list[Fall]:
     return falls
 
 
-def check_collapse(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, y: Tensor, batch: int = 64) -> None:
-    """Collapsed, with the first bad layer on its path, when an exit of the rounded chain is at chance and in float is not.
+def diagnosed(
+    net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, y: Tensor, measured: int = 128, batch: int = 64
+) -> dict[str, float]:
+    """``layer_sqnr`` over the first ``measured`` samples, of a chain none of whose exits has fallen to chance on all of x.
 
-    x [N, C, H, W], y [N] labels; see ``fallen`` and ``first_bad``. Unsupported without samples.
+    x [N, C, H, W], y [N] labels; see ``fallen`` and ``first_bad``. Both chains run once. Collapsed, with the first bad layer on
+    its path, when an exit of the rounded chain is at chance and in float is not. Unsupported without samples.
     """
-    rounded = net.model if isinstance(net, Quantized) else net
-    _need(len(x))
-    with torch.no_grad():
-        reference, logits = (torch.cat([chain(part) for part in _batches(x, batch)], 1).numpy() for chain in (model, rounded))
+    reference, logits, sqnr = _compared(net, model, x, measured, batch)
     falls = fallen(reference, logits, y.numpy())
     if not falls:
-        return
+        return sqnr
     k, was, now, chance = falls[0]
-    sqnr = {path: db for path, db in layer_sqnr(rounded, model, x).items() if _leads_to(path, k, model.restarts)}
-    bad = first_bad(sqnr)
+    on_path = {path: db for path, db in sqnr.items() if _leads_to(path, k, model.restarts)}
+    bad = first_bad(on_path)
     raise Collapsed(
         f"exit {k + 1} has fallen to chance: {now:.1%} of {len(x)} calibration samples are right, {was:.1%} in float "
-        f"(chance {chance:.1%}); the first bad layer is {bad} ({sqnr[bad]:.1f} dB): give it more bits, another observer, or "
+        f"(chance {chance:.1%}); the first bad layer is {bad} ({on_path[bad]:.1f} dB): give it more bits, another observer, or "
         "leave it in float"
     )
+
+
+def _compared(
+    net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, measured: int, batch: int
+) -> tuple[Floats, Floats, dict[str, float]]:
+    """Logits [E, N, K] of the float chain and of the rounded one, and the SQNR of layers over the first ``measured`` samples."""
+    rounded = net.model if isinstance(net, Quantized) else net
+    _need(len(x))
+    check_same_layers(rounded, model)
+    signal: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    wanted: dict[str, list[Tensor]] = {}
+
+    def keep(path: str, z: Tensor) -> None:
+        wanted.setdefault(path, []).append(z.clone())  # a ReLU behind it may work in place
+
+    def compare(path: str, z_hat: Tensor) -> None:
+        z = wanted[path].pop(0)
+        signal[path] = signal.get(path, 0.0) + float(z.square().sum(dtype=torch.float64))
+        noise[path] = noise.get(path, 0.0) + float((z_hat - z).square().sum(dtype=torch.float64))
+
+    with torch.no_grad():
+        with _shown(model, keep), _shown(rounded, compare):
+            said = [(model(part), rounded(part)) for part in _batches(x[:measured], batch)]
+        said += [(model(part), rounded(part)) for part in _batches(x[measured:], batch) if len(part)]
+    reference, logits = (torch.cat(list(each), 1).numpy() for each in zip(*said, strict=True))
+    return reference, logits, {path: _decibels(signal[path], noise[path]) for path in signal}
 
 
 def _batches(x: Tensor, batch: int) -> Iterator[Tensor]:

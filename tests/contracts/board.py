@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,14 @@ import torch
 from torch import nn
 
 from anytime import stops
-from anytime.backend import Segment, TorchNet
+from anytime.backend import Deployable, Segment, TorchNet
 from anytime.board import Board, Replayed, Timing
 from anytime.errors import AnytimeError
 from anytime.metrics import Bools, Floats, Predictions, take
 from anytime.model import AnytimeModel
+from anytime.onnx_net import OnnxNet, written
 from anytime.policy import PathCost, Policy
+from anytime.quant.trace import traced
 
 N, SHAPE, K = 10, (1, 8, 8), 4
 NAP_S = 0.002
@@ -34,6 +38,12 @@ def chain(n_exits: int) -> AnytimeModel:
 def network(n_exits: int) -> TorchNet:
     """The chain as torch runs it, in FP32."""
     return TorchNet(chain(n_exits), {}, simulated=False)
+
+
+def onnx(n_exits: int) -> OnnxNet:
+    """The chain as graphs, for boards that have no torch."""
+    net = traced(chain(n_exits))
+    return OnnxNet(net, {}, partial(written, net, SHAPE), {})
 
 
 def simulated() -> TorchNet:
@@ -84,26 +94,30 @@ class Sure(Policy):
         return self
 
 
-def sure(net: TorchNet, x: Floats, reads: tuple[int, ...], pooled: bool = False) -> Sure:
+def sure(net: Deployable, x: Floats, reads: tuple[int, ...], pooled: bool = False) -> Sure:
     """Half of the samples leave at each exit: thresholds midway between two scores, which rounding does not cross."""
     logits = net.predict(x, batch=1)
     return Sure(tuple(float(np.median(stops.max_probability(logits[k]))) for k in reads[:-1]), reads, pooled)
 
 
-def check(board: Board) -> None:
-    """Raise AssertionError, with a sentence of its own, for each promise that ``board`` does not keep."""
+def check(board: Board, make: Callable[[int], Deployable] = network, naps: bool = True) -> None:
+    """Raise AssertionError, with a sentence of its own, for each promise that ``board`` does not keep.
+
+    ``make`` gives networks in a form that it runs; ``naps``: it can run one that sleeps.
+    """
     x = samples()
     assert board.name and isinstance(board.name, str), "the board has no name"
     _facts(board.facts(), "the board")
     _refusals(board, x)
-    nets = [network(2), network(3), Napping(chain(2), {}, simulated=False)]
+    nets = [make(2), make(3), Napping(chain(2), {}, simulated=False) if naps else make(2)]
     for net in nets:
-        assert board.why_not(net) is None, f"the board refuses an ordinary FP32 network in torch: {board.why_not(net)}"
+        assert board.why_not(net) is None, f"the board refuses an ordinary FP32 network in {net.format}: {board.why_not(net)}"
     timings = board.time(nets, x)
     assert [t.stage_ms.shape[0] for t in timings] == [2, 3, 2], "timings do not come in the order of the networks"
     for timing in timings:
         _timing(timing)
-    _clocks(timings[2])
+    if naps:
+        _clocks(timings[2])
     jobs = [(nets[0], sure(nets[0], x, (0, 1))), (nets[1], sure(nets[1], x, (0, 2), pooled=True))]
     replays = board.run(jobs, x)
     assert len(replays) == 2, "there is not one replay per job"
@@ -147,7 +161,7 @@ def _clocks(napping: Timing) -> None:
     )
 
 
-def _replay(net: TorchNet, policy: Policy, x: Floats, replay: Replayed) -> None:
+def _replay(net: Deployable, policy: Policy, x: Floats, replay: Replayed) -> None:
     logits = net.predict(x, batch=1)
     exits = policy.exits(logits)
     assert len(set(exits)) == 2, "this contract's own policy must use both its exits"
