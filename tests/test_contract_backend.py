@@ -30,7 +30,7 @@ def keepers():
 
 
 def variants(spec=Tiny()):
-    """Each keeper at its defaults; ensembles of two, a stack in the row of ``spec``; a wrapper around float, around calibrated and around trained integers, as far as it takes them."""
+    """Each keeper at its defaults; ensembles of two, a stack with ``spec``; a wrapper around float, around calibrated and around trained integers, as far as it takes them."""
     for cls in keepers():
         names = {f.name: str(f.type) for f in fields(cls)}
         if "of" in names:
