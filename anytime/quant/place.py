@@ -160,7 +160,10 @@ class Placement:
             reader = next(iter(reader.users))
         if is_relu(g, reader) or conv_before(g, reader) is node:
             return True
-        return self.target == "s8s8" and is_add(user) and (is_add(node) or _main_branch(g, node, user))
+        if self.target != "s8s8":
+            return False
+        # TensorRT fuses a ReLU6 as it does a ReLU.
+        return isinstance(module_of(g, reader), nn.Hardtanh) or (is_add(user) and (is_add(node) or _main_branch(g, node, user)))
 
     def _concatenate(self, parts: list[Any]) -> Any:
         self._tied.append([q for q in parts if isinstance(q, FakeQuant)])

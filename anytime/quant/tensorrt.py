@@ -54,7 +54,7 @@ def for_tensorrt(written: onnx.ModelProto, fp16: bool) -> onnx.ModelProto:
     computes in FP16 between Casts, but for LRN, whose sums of squares overflow it. (Price: a state crosses in 4 bytes a value.)
     Source: NVIDIA/TensorRT, samples/common/sampleEngines.cpp (borders); NVIDIA Model Optimizer 0.47, AutoCast (FP16 by Casts).
     """
-    model = onnx.ModelProto.FromString(written.SerializeToString())
+    model: onnx.ModelProto = onnx.ModelProto.FromString(written.SerializeToString())
     edit = _Edit(model.graph)
     edit.float_weights()
     edit.float_borders()
@@ -67,10 +67,10 @@ def for_tensorrt(written: onnx.ModelProto, fp16: bool) -> onnx.ModelProto:
 
 def one_sample(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy for batch 1, its shapes static."""
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    for info in (*model.graph.input, *model.graph.output):
+    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
+    for info in (*copy.graph.input, *copy.graph.output):
         info.type.tensor_type.shape.dim[0].dim_value = 1
-    return model
+    return copy
 
 
 class _Edit:
@@ -274,8 +274,7 @@ def _pairs(v: _View) -> Iterator[str]:
         if v.maker(node.input[0], "QuantizeLinear") is None:
             yield f"{node.name}: a DQ must stand behind a Q (weights too: TensorRT 8 takes no integer constants)"
     for name, readers in v.readers.items():
-        quantized = {(r.input[1], r.input[2]) for r in readers if r.op_type == "QuantizeLinear"}
-        if len(quantized) > 1 or sum(r.op_type == "QuantizeLinear" for r in readers) > 1:
+        if sum(r.op_type == "QuantizeLinear" and r.input[0] == name for r in readers) > 1:
             yield f"{name}: one pair for all its readers, or it is kept twice"
 
 
@@ -311,20 +310,30 @@ def _fusions(v: _View) -> Iterator[str]:
     for node in v.of("Relu", "BatchNormalization", "Clip"):
         before = v.behind_pair(node.input[0])
         conv = None if before is None else v.maker(before, *MULTIPLIERS)
-        if conv is not None and len(v.readers[conv.output[0]]) == 1:
+        if conv is not None and len(v.readers[conv.output[0]]) == len(v.readers[node.input[0]]) == 1:
             yield f"{node.name}: a Q/DQ pair between {conv.name} and it keeps them from being fused"
 
 
 def _additions(v: _View) -> Iterator[str]:
     for node in v.of("Add"):
-        direct = [v.maker(name, "Conv") for name in node.input]
-        convs = [conv for conv in direct if conv is not None and v.quantized(conv)]
         pairs = [v.behind_pair(name) for name in node.input]
-        rounded = [v.maker(p, "Conv") for p in pairs if p is not None]
-        if len([p for p in pairs if p is not None]) == 2 and any(c is not None and v.quantized(c) for c in rounded):
-            yield f"{node.name}: both its inputs are quantized, so no convolution takes the addition in"
-        elif convs and not any(p is not None for p in pairs) and not any(v.maker(name, "Add", "Relu") for name in node.input):
-            yield f"{node.name}: its skip side is not quantized, so {convs[0].name} leaves in float"
+        # A convolution that others read too is rounded for them anyway, and so is one whose result goes from link to link.
+        alone = [
+            conv
+            for name, before in zip(node.input, pairs, strict=True)
+            if before is not None and (conv := v.maker(before, "Conv")) is not None and v.quantized(conv)
+            if len(v.readers[before]) == len(v.readers[name]) == 1 and _link(conv) == _link(node)
+        ]
+        if alone and None not in pairs:
+            yield f"{node.name}: both its inputs are quantized, so {alone[0].name} cannot take the addition in"
+        direct = [conv for name in node.input if (conv := v.maker(name, "Conv")) is not None and v.quantized(conv)]
+        if direct and pairs.count(None) == len(pairs) and not any(v.maker(name, "Add") for name in node.input):
+            yield f"{node.name}: its skip side is not quantized, so {direct[0].name} leaves in float"
+
+
+def _link(node: onnx.NodeProto) -> str:
+    """ "stages.0" of "stages.0.conv"."""
+    return ".".join(node.name.split(".")[:2])
 
 
 def _concatenations(v: _View) -> Iterator[str]:
