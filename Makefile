@@ -11,7 +11,7 @@ SETS   := $(foreach s,$(SET),--set '$(s)')
 COMMON := $(SETS) --results '$(RESULTS)' $(if $(DEBUG),--debug)
 
 .DEFAULT_GOAL := help
-.PHONY: help exp list report cite export zoo clean-cache install test check format bench smoke
+.PHONY: help exp list report cite measure board-emulated export zoo clean-cache install test check format bench smoke
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,10 @@ $(BIN)/.installed-test: $(BIN)/.installed
 	$(BIN)/pip install -q -e '.[test]'
 	@touch $@
 
+$(BIN)/.installed-boards: $(BIN)/.installed
+	$(BIN)/pip install -q -e '.[boards]'
+	@touch $@
+
 install: $(BIN)/.installed ## make .venv and install into it
 
 exp: $(BIN)/.installed ## run what EXP lacks, write and print its table
@@ -42,6 +46,12 @@ report: $(BIN)/.installed ## write EXP's tables and figures from its records
 
 cite: $(BIN)/.installed ## print the sources of what EXP uses
 	@$(ANYTIME) cite '$(EXP)' $(COMMON)
+
+measure: $(BIN)/.installed-boards ## measure EXP on BOARD (a file of experiments/boards/, or several), training nothing again
+	@$(ANYTIME) measure '$(EXP)' --board $(BOARD) $(COMMON) --format '$(FORMAT)'
+
+board-emulated: $(BIN)/.installed-boards ## answers of an emulated aarch64 board; root, network, about 10 minutes; not in CI
+	scripts/board_emulated.sh $(BIN)/python
 
 export: $(BIN)/.installed ## write the network CELL (a key, or EXP and words of its row) to TO; POLICY= BUDGET= SINGLE=1
 	@$(ANYTIME) export $(CELL) --to '$(TO)' $(COMMON) $(if $(POLICY),--policy '$(POLICY)') $(if $(BUDGET),--budget $(BUDGET)) $(if $(SINGLE),--single-file)

@@ -1,4 +1,4 @@
-"""The command line: python -m anytime run | list | report | cite | export | zoo | clean-cache."""
+"""The command line: python -m anytime run | list | report | cite | measure | board | export | zoo | clean-cache."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
         ("list", "what an experiment asks for: todo, done, skip and why, fail"),
         ("report", "write tables and figures from the records, without running anything"),
         ("cite", "print the sources of what an experiment uses"),
+        ("measure", "time what an experiment lacks on a board, and execute its policies there; trains nothing that is there"),
+        ("board", "say what a board is, in which state, and what is wrong with it"),
         ("export", "write one network, ready to use: a folder for anytime.load, or a single ONNX file"),
         ("zoo", "copy the networks that an experiment has trained to results/zoo, where every run finds them"),
         ("clean-cache", "say what the cache holds, and with --yes delete it"),
@@ -34,6 +36,10 @@ def parser() -> argparse.ArgumentParser:
         if name == "clean-cache":
             command.add_argument("--yes", action="store_true", help="delete")
             continue
+        if name == "board":
+            command.add_argument("what", choices=["check"], help="read-only: nothing is changed or left there")
+            command.add_argument("boards", nargs="+", metavar="NAME", help="a file of experiments/boards/, or its path")
+            continue
         if name == "export":
             _export_arguments(command)
         else:
@@ -41,7 +47,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="a.b=v", dest="sets", help="override a field; may be repeated"
         )
-        if name in ("run", "report"):
+        if name == "measure":
+            command.add_argument(
+                "--board", required=True, nargs="+", metavar="NAME", dest="boards", help="of experiments/boards/; several at once"
+            )
+        if name in ("run", "report", "measure"):
             command.add_argument(
                 "--format", default="md,csv,tex", metavar="F", help=f"of {', '.join(FORMATS)}; several with commas"
             )
@@ -69,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return {
-            "run": _run, "list": _list, "report": _report, "cite": _cite, "export": _export, "zoo": _zoo,
-            "clean-cache": _clean_cache,
+            "run": _run, "list": _list, "report": _report, "cite": _cite, "measure": _measure, "board": _board, "export": _export,
+            "zoo": _zoo, "clean-cache": _clean_cache,
         }[args.command](args)  # fmt: skip
     except AnytimeError as error:
         if args.debug:
@@ -154,6 +164,26 @@ def _cite(args: argparse.Namespace) -> int:
 
     print(sources(experiment(args.experiment, args.sets)))
     return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from anytime.find import experiment
+    from anytime.measure import measure
+
+    formats, exp = _formats(args.format), experiment(args.experiment, args.sets)
+    left = measure(exp, args.boards, args.results, print, args.debug)
+    _write_report(exp.name, args.results, formats)
+    for board, state, reason in left[:1]:
+        print(f"anytime: {len(left)} facts are missing, the first one on {board}: {state} {reason}", file=sys.stderr)
+    return 1 if left else 0
+
+
+def _board(args: argparse.Namespace) -> int:
+    from anytime.measure import check
+
+    text, fine = check(args.boards)
+    print(text)
+    return 0 if fine else 1
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -39,6 +39,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "listing": "spec record config facts",
     "execute": "metrics policy", "bundle": "metrics stops policy policies engine execute", "onnx_if": "",
     "export": "machine spec metrics stops policy train config facts find arms workshop backends onnx_net onnx_if bundle",
+    "measure": "board boards config find run",
     "__main__": " ".join(EVERYTHING - {"__main__"}),
 }  # fmt: skip
 
@@ -52,7 +53,7 @@ HEAVY = {  # vendor -> rooms that may import it at the top of a file; the others
     "matplotlib": {"figures"},
     "onnx": {"quant", "onnx_if"},
     "rich": {"progress"},
-    **dict.fromkeys(("onnxruntime", "torchvision", "sklearn", "ptflops", "openvino", "nncf", "torchao"), set()),
+    **dict.fromkeys(("onnxruntime", "torchvision", "sklearn", "ptflops", "openvino", "nncf", "torchao", "asyncssh"), set()),
     **dict.fromkeys(("tensorrt", "tensorflow", "qkeras"), set()),
 }  # fmt: skip
 

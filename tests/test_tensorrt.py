@@ -433,7 +433,7 @@ def test_each_precision(backend, precision, column, far, tmp_path):
     net = made(backend)
     assert (net.format, net.execution, net.precision, backend.column, net.simulated) == (
         "tensorrt",
-        "TensorRT",
+        "TensorRT graph, scored by ONNX Runtime",
         precision,
         column,
         False,

@@ -43,7 +43,7 @@ class TensorRTNet(OnnxNet):
     """
 
     format = "tensorrt"
-    execution = "TensorRT"
+    execution = "TensorRT graph, scored by ONNX Runtime"  # until a board has answered
 
     def __init__(
         self, twin: AnytimeModel, bits: BitMap, graph: Callable[[Segment], bytes], facts: dict[str, str], precision: str,
