@@ -19,8 +19,8 @@ from anytime.datasets.cifar import CIFAR10
 from anytime.losses import Joint
 from anytime.models.iresnext import IResNeXt
 from anytime.models.static import Static
-from anytime.policies.fixed import Fixed
 from anytime.policies.confidence import MaxProb
+from anytime.policies.fixed import Fixed
 from experiments.common import cifar_recipe
 
 EXPERIMENT = Experiment(

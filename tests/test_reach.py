@@ -10,9 +10,9 @@ from anytime.backend import TorchNet
 from anytime.cost import In, account
 from anytime.errors import Infeasible, Leak, Unsupported
 from anytime.metrics import Predictions
+from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.fixed import Fixed
 from anytime.policies.patience import Patience
-from anytime.policies.confidence import Entropy, MaxProb
 from anytime.reach import Reach
 from anytime.spec import key
 from tests.worlds import Restarting, data, trained
