@@ -71,7 +71,7 @@ class Decider:
                 self.costs[name] = self.shop.cost(cell)
             else:
                 parts = self.shop.data(cell.data, cell.seed)
-                restarts = cell.model.build(parts.input_shape, parts.n_classes).restarts
+                restarts = not cell.backend.own_exits and cell.model.build(parts.input_shape, parts.n_classes).restarts
                 self.costs[name] = recorded_cost(record, restarts)
         return self.costs[name]
 

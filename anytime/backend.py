@@ -15,7 +15,7 @@ import torch
 from anytime.dataset import Part
 from anytime.errors import UsageError
 from anytime.metrics import Floats
-from anytime.model import AnytimeModel
+from anytime.model import AnytimeModel, ModelSpec
 from anytime.model import Plan as Plan
 from anytime.model import Segment as Segment
 from anytime.quant.bits import FP32 as FP32
@@ -144,6 +144,12 @@ def fake_quant_net(net: Quantized, target: Target) -> TorchNet:
 @dataclass(frozen=True)
 class Backend(Spec, ABC):
     """Makes a trained float network smaller or faster; backends wrap backends through a field ``of``."""
+
+    own_exits: ClassVar[bool] = False  # True: what it makes has exits of its own, whatever the network's (ensembles)
+
+    def exits_early(self, model: ModelSpec) -> bool:
+        """Whether what it makes of this network has exits to choose between."""
+        return model.exits_early
 
     @property
     def column(self) -> str:

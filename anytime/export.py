@@ -154,7 +154,7 @@ def _inner(cell: Cell) -> Cell:
 
 def _asked(exp: Experiment, cell: Cell, label: str, budget: float | None) -> Fact:
     """The decision that is meant; UsageError with what there is."""
-    if not cell.model.exits_early:
+    if not cell.backend.exits_early(cell.model):
         raise UsageError(f"{cell.model.label} has one exit, a policy has nothing to decide: leave out --policy")
     facts = [f for f in facts_of(exp) if f.of == "decide" and f.arm == "refitted" and key(_inner(f.cell)) == key(_inner(cell))]
     asked = {f.budget: f for f in facts if f.policy is not None and f.policy.label == label}

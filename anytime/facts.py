@@ -53,6 +53,9 @@ def retrained_cell(cell: Cell, exp: Experiment) -> Cell | None:
 def arms_of(cell: Cell, exp: Experiment) -> Iterator[tuple[Arm, Cell | None]]:
     """The arms that a policy has on this network, each with the network that it is held against."""
     reference = reference_cell(cell, exp.reference_backend)
+    if cell.backend.own_exits and cell != reference:  # no threshold of another network fits its exits
+        yield "refitted", None
+        return
     for arm in exp.arms:
         if cell != reference:
             if arm != "retrained":
@@ -77,7 +80,7 @@ def facts_of(exp: Experiment) -> Iterator[Fact]:
         yield Fact(predicts, "eval", suite, cell, position)
         for board in exp.boards:
             yield Fact(measured(cell, board), "measure", suite, cell, position, board, needs=(predicts,))
-        if not cell.model.exits_early:
+        if not cell.backend.exits_early(cell.model):
             continue
         arms = tuple(arms_of(cell, exp))
         # A budget in milliseconds belongs to a board; in MACs or BOPs it holds on every one.

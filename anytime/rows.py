@@ -226,6 +226,8 @@ class _Fold:
         against = asked if asked.exit is not None else asked._replace(arm="refitted")
         if reference is None or (reference is network and against == asked):
             return {}
+        if network.facts.get("own_exits") and asked.exit is not None:  # an exit of an ensemble is no exit of the network
+            against = max((a for a in reference.scores if a.exit is not None), key=lambda a: a.exit or 0, default=against)
         return self._paired(reference, against, network, asked, "loss")
 
     def _against_static(self, network: Network, asked: Asked, macs: Any) -> Row:

@@ -279,7 +279,8 @@ class Runner:
             return
         about: dict[str, Any] = {
             "model": cell.model.label, "dataset": cell.data.label, "backend": cell.backend.label, "column": cell.backend.column,
-            "position": fact.position, "reference": cell.backend == self.exp.reference_backend, "question": self.exp.question,
+            "position": fact.position, "reference": cell.backend == self.exp.reference_backend,
+            "own_exits": cell.backend.own_exits, "question": self.exp.question,
             "versions": machine.versions(), "git": machine.commit(), "device": machine.facts(),
         }  # fmt: skip
         if kind in ("skip", "fail") and fact.policy is not None:

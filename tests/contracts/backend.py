@@ -21,7 +21,7 @@ def backend_keeps_its_promise(backend, model, data, trainer, agreement=0.97):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "compress changed its input"
     x = data.test.x[:128].numpy()
     got = net.predict(x)
-    own_exits = getattr(backend, "own_exits", False)  # an ensemble's chain is longer than the network's
+    own_exits = backend.own_exits  # an ensemble's chain is longer than the network's
     n_exits = net.n_exits if own_exits else model.n_exits
     assert got.shape == (n_exits, 128, data.n_classes), "predict must be [E, N, K]"
     assert got.dtype == np.float32, "logits must come home as float32"

@@ -1,0 +1,56 @@
+"""Do three differently built, differently quantized networks know more than the best of them, and is their cascade cheaper?
+
+    make exp EXP=stacks                (expected: 1 hour on 2 quiet cores once SparseResNet and SDN ResNet-56 are trained, as in
+                                        exit_or_smaller; from nothing 4 hours)
+
+B-AlexNet in INT8, SparseResNet in W4A8 and SDN ResNet-20 in BF16 on CIFAR-10, the last exit of each, by every combiner: the average of
+their probabilities, a weighted one, an MLP, logistic regression and gradient boosting, learned on 976 images that no member
+saw. Beside them each member alone and SDN ResNet-56 in INT8, which costs what the three cost (126 of 127 M MACs). W4A8 runs in
+simulation; so the cascade is timed with the three in INT8 under ONNX Runtime, and once with the members' own exits. The members
+were trained by recipes of their own (the networks of the zoo). One training seed. It has not been run yet.
+"""
+
+from dataclasses import replace
+
+from anytime.backends.ensembles import Stack
+from anytime.backends.float import BFloat16, Float32
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.backends.ptq import PTQ
+from anytime.boards.host import Host
+from anytime.config import Experiment, Suite
+from anytime.datasets.cifar import CIFAR10
+from anytime.losses import Joint, Rising
+from anytime.models.branchynet import BAlexNet
+from anytime.models.sdn import SDN
+from anytime.models.sparse_resnet import SparseResNet
+from anytime.policies.confidence import MaxProb
+from experiments.common import branchy_recipe, cifar_recipe
+
+SDN20 = replace(cifar_recipe(Rising()), epochs=30, cutout=0)  # the recipe of the weights in the zoo
+INT8 = OnnxRuntime(of=PTQ(8, 8))
+NETWORKS = (
+    (BAlexNet(), branchy_recipe()),
+    (SparseResNet(), cifar_recipe(Joint())),
+    (SDN("resnet20"), SDN20),
+)
+ARITHMETICS = (INT8, PTQ(4, 8), BFloat16())
+DIFFERENT = tuple((model, backend, recipe) for (model, recipe), backend in zip(NETWORKS, ARITHMETICS, strict=True))
+ONE_ENGINE = tuple((model, INT8, recipe) for model, recipe in NETWORKS)
+
+EXPERIMENT = Experiment(
+    name="stacks",
+    question="Do three differently built, differently quantized networks know more than the best of them, and is their cascade cheaper?",
+    suites=(Suite(CIFAR10(), (SDN("resnet20"),)),),
+    recipe=SDN20,
+    backends=(
+        Float32(),
+        *(Stack(members=(member,)) for member in dict.fromkeys(DIFFERENT + ONE_ENGINE)),
+        Stack(members=((SDN("resnet56"), INT8, cifar_recipe(Rising())),)),
+        *(Stack(members=DIFFERENT, combine=how) for how in ("average", "weighted", "mlp", "logistic", "gradient_boosting")),
+        *(Stack(members=ONE_ENGINE, combine=how) for how in ("average", "weighted", "mlp")),
+        Stack(members=ONE_ENGINE, combine="weighted", inner_exits=True),
+    ),
+    policies=(MaxProb(), MaxProb(per_exit=True)),
+    budgets=(0.8, 1.0, 1.3, 1.6, 2.0, 3.1),
+    boards=(Host(),),
+)
