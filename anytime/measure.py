@@ -1,0 +1,77 @@
+"""Boards by name: what one says of itself, and measuring an experiment on it without training anything again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+from anytime.board import Board
+from anytime.boards.ssh import Ssh
+from anytime.config import Experiment
+from anytime.errors import UsageError, near
+from anytime.find import _module as loaded
+from anytime.find import folders
+from anytime.run import Runner
+
+
+def names() -> list[str]:
+    """Every board by name: the files of ``experiments/boards/``."""
+    return sorted({p.stem for f in folders() for p in (f / "boards").glob("*.py") if not p.stem.startswith("_")})
+
+
+def board(name: str) -> Board:
+    """The BOARD of ``experiments/boards/NAME.py``, or of the file at a path. UsageError with the near misses."""
+    paths = [Path(name)] if name.endswith(".py") else [f / "boards" / f"{name.replace('-', '_')}.py" for f in folders()]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None:
+        raise UsageError(f"there is no board {name!r} in experiments/boards; {near(name, names())}")
+    found = getattr(loaded(path.resolve()), "BOARD", None)
+    if not isinstance(found, Board):
+        raise UsageError(f"{path} defines no BOARD: write BOARD = Ssh(...), as experiments/boards/agx_xavier.py does")
+    return found
+
+
+def check(asked: Sequence[str]) -> tuple[str, bool]:
+    """A screen about each of these boards, all asked at once, and whether everything is as it is wanted."""
+    boards = [(name, board(name)) for name in asked]
+    for name, one in boards:
+        if not isinstance(one, Ssh):
+            raise UsageError(f"the board {name!r} is {one.label}: only boards over SSH are checked")
+
+    async def every() -> list[list[str]]:
+        return await asyncio.gather(*(one.inspect() for _, one in boards if isinstance(one, Ssh)))
+
+    screens = asyncio.run(every())
+    text = "\n\n".join("\n".join([f"{one.name} ({name})", *lines]) for (name, one), lines in zip(boards, screens, strict=True))
+    fine = not any(line.startswith("WRONG") for lines in screens for line in lines)
+    return text + ("\n\neverything is as it is wanted" if fine else ""), fine
+
+
+def measure(
+    exp: Experiment, asked: Sequence[str], results: Path, log: Callable[[str], None], debug: bool = False
+) -> list[tuple[str, str, str]]:
+    """What ``exp`` lacks on these boards, all at once; answer (board, state, reason) of what is missing still.
+
+    What it lacks elsewhere is left as it is. Networks and predictions are those that are there; what was never predicted is
+    predicted first, once.
+    """
+    exps = [replace(exp, boards=(board(name),)) for name in asked]
+    first = Runner(exps[0], results, log=log, debug=debug)
+    first.predict_and_decide([f for f in first.todo() if f.of == "eval"])
+    if len(exps) == 1:
+        done = [_on_one(exps[0], results, log, debug)]
+    else:
+        # Processes, not threads: torch.fx can trace but one network at a time.
+        with ProcessPoolExecutor(len(exps), mp_context=get_context("spawn")) as pool:
+            done = [future.result() for future in [pool.submit(_on_one, one, results, print, debug) for one in exps]]
+    return [left for one in done for left in one]
+
+
+def _on_one(exp: Experiment, results: Path, log: Callable[[str], None], debug: bool) -> list[tuple[str, str, str]]:
+    runner = Runner(exp, results, log=log, debug=debug)
+    runner.run()
+    return [(exp.boards[0].name, state, reason) for state, reason in runner.states() if state in ("fail", "todo")]
