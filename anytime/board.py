@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 import numpy as np
 
+from anytime import stops
 from anytime.backend import Deployable
-from anytime.metrics import Floats, Ints
+from anytime.errors import Unsupported
+from anytime.metrics import Bools, Floats, Ints
 from anytime.policy import Policy
 from anytime.spec import Spec
 
@@ -82,3 +87,44 @@ class Board(Spec, ABC):
     @abstractmethod
     def run(self, jobs: Sequence[tuple[Deployable, Policy]], x: Floats) -> list[Replayed]:
         """Execute each policy on its network's plan over x [R, ...], rounds interleaved over ``jobs``."""
+
+
+def board_test(policy: Policy, logits: Floats) -> dict[str, Any]:
+    """What a board needs to run ``policy``: the exits that it reads, and for each but the last its test in stops.py.
+
+    Read off the calls that it makes on ``logits`` [E, N, K]: a policy promises to call a function of stops.py with numbers of
+    its own. Unsupported where these numbers alone do not decide as it does. ``answer`` is "exit taken", or the name of a
+    policy that answers with other logits than those.
+    """
+    used, tests = policy.uses(len(logits)), []
+    for i in range(len(used) - 1):
+        decided, name, said = _watched(policy, logits[list(used[: i + 1])])
+        read, arguments = said.pop("logits"), {k: np.asarray(v).tolist() for k, v in said.items()}
+        again = getattr(stops, name)(read, **{k: np.array(v) if isinstance(v, list) else v for k, v in arguments.items()})
+        if not np.array_equal(decided, again):
+            raise Unsupported(f"{policy.label} does not decide as stops.{name} alone does: a board cannot run it")
+        tests.append({"test": name, "arguments": arguments})
+    return {
+        "uses": list(used), "tests": tests, "temperatures": list(policy.temperatures),
+        "answer": policy.answers_as,
+    }  # fmt: skip
+
+
+def _watched(policy: Policy, logits: Floats) -> tuple[Bools, str, dict[str, Any]]:
+    """What ``policy.stop`` says, and the exit test that it called, with its arguments."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def watch(frame: FrameType, event: str, _: Any) -> None:
+        name = frame.f_code.co_name
+        if event == "call" and frame.f_code.co_filename == stops.__file__ and name.startswith(("at_", "by_")):
+            calls.append((name, dict(frame.f_locals)))
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        decided = policy.stop(logits)
+    finally:
+        sys.setprofile(before)
+    if not calls:
+        raise Unsupported(f"{policy.label} calls no exit test of stops.py: a board cannot run it")
+    return decided, *calls[0]

@@ -6,27 +6,26 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from anytime import machine, stops
+from anytime import machine
 from anytime.arms import Decider
 from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.board import board_test
 from anytime.bundle import KIND, SCHEMA, fingerprint, read_manifest
 from anytime.config import Cell, Experiment
 from anytime.errors import AnytimeError, Unsupported, UsageError, WriteError, near
 from anytime.facts import Fact, facts_of
 from anytime.find import experiment, names
-from anytime.metrics import Bools, Floats, Predictions, accuracy
+from anytime.metrics import Predictions, accuracy
 from anytime.onnx_if import single_file
 from anytime.onnx_net import GraphNet
 from anytime.policy import Policy
@@ -178,47 +177,6 @@ def _said(exp: Experiment, fact: Fact, fitted: Policy, test: Predictions) -> dic
         **board_test(fitted, test.logits[:, :256]),
         "test_accuracy": float(right.mean()), "test_share": (np.bincount(exits, minlength=test.n_exits) / len(exits)).tolist(),
     }  # fmt: skip
-
-
-def board_test(policy: Policy, logits: Floats) -> dict[str, Any]:
-    """What a board needs to run ``policy``: the exits that it reads, and for each but the last its test in stops.py.
-
-    Read off the calls that it makes on ``logits`` [E, N, K]: a policy promises to call a function of stops.py with numbers of
-    its own. Unsupported where these numbers alone do not decide as it does. ``answer`` is "exit taken", or the name of a
-    policy that answers with other logits than those.
-    """
-    used, tests = policy.uses(len(logits)), []
-    for i in range(len(used) - 1):
-        decided, name, said = _watched(policy, logits[list(used[: i + 1])])
-        read, arguments = said.pop("logits"), {k: np.asarray(v).tolist() for k, v in said.items()}
-        again = getattr(stops, name)(read, **{k: np.array(v) if isinstance(v, list) else v for k, v in arguments.items()})
-        if not np.array_equal(decided, again):
-            raise Unsupported(f"{policy.label} does not decide as stops.{name} alone does: a board cannot run it")
-        tests.append({"test": name, "arguments": arguments})
-    return {
-        "uses": list(used), "tests": tests, "temperatures": list(policy.temperatures),
-        "answer": policy.answers_as,
-    }  # fmt: skip
-
-
-def _watched(policy: Policy, logits: Floats) -> tuple[Bools, str, dict[str, Any]]:
-    """What ``policy.stop`` says, and the exit test that it called, with its arguments."""
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    def watch(frame: FrameType, event: str, _: Any) -> None:
-        name = frame.f_code.co_name
-        if event == "call" and frame.f_code.co_filename == stops.__file__ and name.startswith(("at_", "by_")):
-            calls.append((name, dict(frame.f_locals)))
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        decided = policy.stop(logits)
-    finally:
-        sys.setprofile(before)
-    if not calls:
-        raise Unsupported(f"{policy.label} calls no exit test of stops.py: a board cannot run it")
-    return decided, *calls[0]
 
 
 # Writing

@@ -45,7 +45,7 @@ def experiment(name: str, sets: Sequence[str] = ()) -> Experiment:
     An overridden experiment is another one: its name gets the key of what was said, so its records lie apart.
     """
     path = path_of(name)
-    found = getattr(_module(path), "EXPERIMENT", None)
+    found = getattr(loaded(path), "EXPERIMENT", None)
     if not isinstance(found, Experiment):
         raise UsageError(f"{path} defines no EXPERIMENT: write EXPERIMENT = Experiment(...), as experiments/quickstart.py does")
     if found.name != path.stem:
@@ -59,7 +59,8 @@ def experiment(name: str, sets: Sequence[str] = ()) -> Experiment:
     return found if key(found) == plain_key else replace(found, name=f"{found.name}-{key(found)[:6]}")
 
 
-def _module(path: Path) -> Any:
+def loaded(path: Path) -> Any:
+    """The module of a user's file; UsageError says what is wrong in it and where."""
     # An experiment may import `experiments.common` of its own tree, and other processes get its classes by module name.
     for root in (str(path.parent), str(path.parent.parent)):
         if root not in sys.path:

@@ -102,6 +102,9 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
             )
             continue
         timed = r.kind in ("measure", "replay")
+        if timed and (r.facts.get("device") or {}).get("emulated") == "yes":
+            troubles.append(f"the {r.kind} record {path} is of an emulated board, whose times mean nothing: it is in no table")
+            continue
         if newest[r.fact][1] != path and not timed:  # times are pooled
             continue
         spec = {name: value for name, value in r.spec.items() if name != "train_seed"}

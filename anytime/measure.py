@@ -13,8 +13,7 @@ from anytime.board import Board
 from anytime.boards.ssh import Ssh
 from anytime.config import Experiment
 from anytime.errors import UsageError, near
-from anytime.find import _module as loaded
-from anytime.find import folders
+from anytime.find import folders, loaded
 from anytime.run import Runner
 
 

@@ -21,7 +21,7 @@ from anytime.arms import Decider
 from anytime.board import Board, Replayed, Timing
 from anytime.config import Cell, Experiment, Suite
 from anytime.dataset import DatasetSpec
-from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unsupported, UsageError, WriteError
+from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unreachable, Unsupported, UsageError, WriteError
 from anytime.facts import Fact, facts_of, state
 from anytime.metrics import Floats, Predictions
 from anytime.policy import Policy
@@ -208,6 +208,8 @@ class Runner:
         """Work on all at once, so that they are compared within one session; if that breaks, one by one: only the culprit fails."""
         try:
             results = work(facts)
+        except Unreachable as error:
+            return self.log(f"{error} It stays to do.")
         except AnytimeError as error:
             if len(facts) == 1:
                 return self._write(facts[0], "fail", reason=str(error))

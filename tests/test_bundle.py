@@ -14,6 +14,7 @@ import torch
 
 import anytime
 from anytime import export, stops
+from anytime.board import board_test
 from anytime.bundle import fingerprint, policy_of
 from anytime.dataset import normalise
 from anytime.errors import AnytimeError, CorruptFile, Unsupported, UsageError, WriteError
@@ -327,7 +328,7 @@ def test_a_board_decides_by_the_manifest_alone(policy):
             fitted = policy.fit(val, cost, budget)
             assert policy_of(json.loads(json.dumps(plain(fitted)))) == fitted
             for asked in (fitted, fitted.tempered([1.5, 0.7, 1.1, 0.9, 2.0][:n_exits])):
-                said = json.loads(json.dumps(export.board_test(asked, val.logits)))
+                said = json.loads(json.dumps(board_test(asked, val.logits)))
                 exits = np.full(n, said["uses"][-1])
                 going = np.ones(n, bool)
                 for i, test in enumerate(said["tests"]):
@@ -354,7 +355,7 @@ def test_a_policy_that_decides_by_more_than_its_numbers_is_refused():
     val = Predictions(*(getattr(contract.predictions(3, 50, 4), f) for f in ("logits", "labels", "part")))
     for kind, said in ((Moody, "does not decide as stops.by_max_probability"), (Alone, "calls no exit test")):
         with pytest.raises(Unsupported, match=said):
-            export.board_test(kind(thresholds=(0.6, 0.6)), val.logits)
+            board_test(kind(thresholds=(0.6, 0.6)), val.logits)
 
 
 # Writing

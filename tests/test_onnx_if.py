@@ -9,8 +9,8 @@ import onnx
 import onnxruntime
 import pytest
 
+from anytime.board import board_test
 from anytime.errors import Unsupported
-from anytime.export import board_test
 from anytime.onnx_if import IR, OPSET, OUTPUTS, single_file
 from anytime.onnx_net import OnnxNet, written
 from anytime.policies.confidence import Entropy, MaxProb

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anytime.boards.jetson import identity, power_mode
-from anytime.boards.tegrastats import RAILS, energy, module_mw, sample, samples
 from anytime.errors import AnytimeError
+from anytime.nvidia.jetson import identity, power_mode
+from anytime.nvidia.tegrastats import RAILS, energy, module_mw, sample, samples
 
 TRANSCRIPTS = Path(__file__).parent / "transcripts"  # each with its source
 
@@ -202,6 +202,6 @@ def test_every_power_mode():
 
 
 def test_rails_are_of_boards_that_identity_knows():
-    from anytime.boards.jetson import MODULES
+    from anytime.nvidia.jetson import MODULES
 
     assert set(RAILS) <= set(MODULES.values())

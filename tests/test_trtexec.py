@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anytime.boards.trtexec import (
+from anytime.errors import AnytimeError, Unsupported
+from anytime.nvidia.trtexec import (
     banner_digits,
     banner_version,
     banners,
@@ -23,7 +24,6 @@ from anytime.boards.trtexec import (
     time_command,
     times,
 )
-from anytime.errors import AnytimeError, Unsupported
 
 LOGS = {p.stem.removeprefix("trtexec_"): p.read_text() for p in (Path(__file__).parent / "transcripts").glob("trtexec_*.txt")}
 VERSIONS = [(7, 1, 3), (8, 0, 1), (8, 2, 1), (8, 4, 1), (8, 5, 2), (8, 6, 1), (10, 3, 0), (10, 16, 2), (11, 1, 0)]

@@ -11,7 +11,6 @@ import shlex
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
@@ -22,9 +21,10 @@ import numpy as np
 
 from anytime import stops
 from anytime.backend import Deployable, Segment
-from anytime.board import Board, Replayed, Timing
+from anytime.board import Board, Replayed, Timing, board_test
 from anytime.errors import AnytimeError, Unreachable, UsageError
 from anytime.metrics import Floats
+from anytime.nvidia import jetson
 from anytime.policy import Policy
 
 T = TypeVar("T")
@@ -272,8 +272,6 @@ class Ssh(Board):
 
 def said_of(state: Plain) -> dict[str, str]:
     """The agent's raw state, read: what a reader of a record needs to judge a number. "unknown" where the board does not say."""
-    # A keeper may not import one at the top; jetson.py reads texts and keeps no contract.
-    jetson: Any = import_module("anytime.boards.jetson")
     who = jetson.identity(state["model"], state["compatible"], state["nv_tegra_release"])
     try:
         mode = jetson.power_mode(state["nvpmodel"] + "\n") if state["nvpmodel"] else None
@@ -390,7 +388,7 @@ def _links(net: Deployable) -> list[Segment]:
 
 def _on_board(net: Deployable, policy: Policy, x: Floats) -> Plain:
     # export.py lies above the boards in the order of rooms; see DESIGN.
-    said: Plain = import_module("anytime.export").board_test(policy, net.predict(x[:256]))
+    said: Plain = board_test(policy, net.predict(x[:256]))
     return said
 
 
