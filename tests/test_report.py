@@ -194,6 +194,15 @@ def test_a_speedup_falls_back_on_the_reference_s_own_execution(to: Maker) -> Non
     assert (row["speedup"], row["speedup_over"]) == (pytest.approx(4.0), "LeNet FP32, torch")
 
 
+def test_times_of_an_emulated_board_enter_no_table(to: Maker) -> None:
+    cell = Cell(to, 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)])
+    exits = [{"exit": 0, "n": 256, "latency_ms_p50": 7.0, "latency_ms_mean": 7.0}]
+    cell.record("measure", "measure-nx", {"device": {"emulated": "yes"}}, board="nx", exits=exits)
+    rows = rows_of(to)
+    assert rows["latency_ms_p50"].isna().all() and "nx" not in set(rows["board"])
+    assert any("emulated board" in trouble for trouble in rows.attrs["troubles"])
+
+
 @pytest.mark.parametrize(
     "sessions, speedup",
     [

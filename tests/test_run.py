@@ -27,7 +27,7 @@ from anytime.backends.qat import QAT
 from anytime.boards.host import Host
 from anytime.config import ARMS, Experiment, Suite
 from anytime.datasets.synthetic import Synthetic
-from anytime.errors import AnytimeError, Unsupported, UsageError
+from anytime.errors import AnytimeError, Unreachable, Unsupported, UsageError
 from anytime.facts import facts_of
 from anytime.models.static import Static
 from anytime.policies.confidence import Entropy, MaxProb
@@ -222,6 +222,24 @@ def test_a_network_that_crashes_the_board_fails_alone(tmp_path):
     assert [(r.of, r.reason, r.facts["column"]) for r in records(tmp_path, "fail")] == [
         ("measure", "the child died of SIGSEGV.", "INT8 PTQ")
     ] * 2
+
+
+@dataclass(frozen=True)
+class Gone(Host):
+    """A board that cannot be reached. Source: a saboteur."""
+
+    def time(self, nets, x):
+        raise Unreachable("board: the connection is lost.")
+
+
+def test_a_board_that_is_lost_leaves_its_facts_to_do(tmp_path):
+    said = []
+    exp = experiment(backends=(Float32(),), policies=(), boards=(Gone(),))
+    runner = Runner(exp, tmp_path, log=said.append)
+    runner.run()
+    assert not records(tmp_path, "fail") and not records(tmp_path, "measure")
+    assert {f.of for f in Runner(exp, tmp_path).todo()} == {"measure"}
+    assert "board: the connection is lost. It stays to do." in said
 
 
 def test_budgets_in_milliseconds_need_a_board():
