@@ -32,7 +32,7 @@ from anytime.train import Trainer
 class Deployable(ABC):
     """A network in the form that a board runs. It can be pickled: boards start processes of their own."""
 
-    format: ClassVar[str]  # what a board must be able to run: "torch", "onnx", "openvino", "tensorrt", "keras"
+    format: ClassVar[str]  # what a board must be able to run: "torch", "onnx", "openvino", "tflite", "tensorrt"
     execution: str  # what really runs, as the tables say it: "torch", "ONNX Runtime", "OpenVINO", "fake-quant"
     simulated: bool  # float kernels imitate the arithmetic: scored, never timed
     needs: tuple[str, ...] = ()  # CPU flags, any one of which makes the kernels real; () needs none

@@ -91,6 +91,7 @@ class Network:
 
 
 def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[Network]:
+    """Networks in the order of their experiment; a sentence for every record that could not be used is added to ``troubles``."""
     newest = record.newest(records)
     networks: dict[str, Network] = {}
     order = listed("skip fail measure replay decide eval")  # what a skip says of its cell gives way to what its eval says
@@ -129,6 +130,7 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
 
 
 def asked_of(r: Record, said: Row) -> Asked:
+    """What a row of a record answers."""
     if "exit" in said:
         return Asked(int(said["exit"]), f"exit {said['exit'] + 1}", NAN, "", "", "")
     policy, currency, arm = (str(said.get(name) or "") for name in ("policy_label", "currency", "arm"))
@@ -137,10 +139,12 @@ def asked_of(r: Record, said: Row) -> Asked:
 
 
 def order(item: tuple[Asked, Any]) -> tuple[Any, ...]:
+    """Sorts what is asked: exits from the first on, then policies by name, budget and arm."""
     return (item[0].exit is None, item[0].exit or 0, *item[0][1:])
 
 
 def name_variants(networks: Sequence[Network]) -> None:
+    """Give networks of equal labels the fields in which their specs differ as ``variant``."""
     # Runs under other settings (--set) share the folder; without a name for the difference their rows would look alike.
     leaves = pd.json_normalize([network.spec for network in networks]).astype(str)
     alike = [key_of([network.label(name) for name in ("dataset", "model", "backend")]) for network in networks]
@@ -150,12 +154,15 @@ def name_variants(networks: Sequence[Network]) -> None:
 
 
 def key_of(value: Any) -> str:
+    """Equal for equal plain values."""
     return json.dumps(value, sort_keys=True)
 
 
 def train_seed_of(r: Record) -> int:
+    """The training seed of its cell."""
     return int(r.spec.get("train_seed", 0))
 
 
 def noisy(r: Record) -> bool:
+    """Whether other work kept the machine busy while it was measured."""
     return (r.facts.get("device") or {}).get("noisy") in (True, "yes")

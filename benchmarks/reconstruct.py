@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from anytime.dataset import Data
 from anytime.datasets.cifar import CIFAR10
 from anytime.metrics import Floats, Ints, softmax
 from anytime.model import AnytimeModel, ModelSpec
@@ -51,12 +52,9 @@ NETWORKS: dict[str, ModelSpec] = {"sdn": SDN("resnet20"), "alexnet": BAlexNet()}
 def main() -> None:
     """Learn every form in turn and print a line for each."""
     given = [*sys.argv[1:], *("sdn", "4", "4", "300", "0")[len(sys.argv) - 1 :]]
-    spec, (weight, activation, iterations, seed) = NETWORKS[given[0]], map(int, given[1:])
-    data = CIFAR10(statistics="cifar10").load(0)
-    images, labels = torch.cat([data.tune.x, data.val.x]), torch.cat([data.tune.y, data.val.y]).numpy()
-    model = spec.build(data.input_shape, data.n_classes)
-    stem = next(n for n, e in json.loads((ZOO / "manifest.json").read_text()).items() if e["model"] == spec.label)
-    model.load_state_dict(load_file(ZOO / f"{stem}.safetensors"))
+    weight, activation, iterations, seed = map(int, given[1:])
+    model, data = trained(NETWORKS[given[0]])
+    images, labels = judged(data)
     chain = traced(model)
     wanted = logits(chain, images)
     say("float", wanted, wanted, labels)
@@ -69,6 +67,20 @@ def main() -> None:
         started = perf_counter()
         reconstruct.reconstruct(net, chain, data.calib.x, how, seed)
         say(f"{form} ({perf_counter() - started:.0f} s)", logits(net.model, images), wanted, labels)
+
+
+def trained(spec: ModelSpec) -> tuple[AnytimeModel, Data]:
+    """The network of results/zoo, and CIFAR-10."""
+    data = CIFAR10(statistics="cifar10").load(0)
+    model = spec.build(data.input_shape, data.n_classes)
+    stem = next(n for n, e in json.loads((ZOO / "manifest.json").read_text()).items() if e["model"] == spec.label)
+    model.load_state_dict(load_file(ZOO / f"{stem}.safetensors"))
+    return model.eval(), data
+
+
+def judged(data: Data) -> tuple[torch.Tensor, Ints]:
+    """Images and labels of tune and val."""
+    return torch.cat([data.tune.x, data.val.x]), torch.cat([data.tune.y, data.val.y]).numpy()
 
 
 partition = reconstruct.partition

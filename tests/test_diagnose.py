@@ -191,8 +191,9 @@ def test_a_network_that_is_not_rounded_never_falls(k, n, seed):
 
 def test_good_eight_bits_pass():
     model, part = traced(trained()), data().tune
-    diagnosed(rounded(model), model, part.x, part.y)
-    diagnosed(rounded(model).freeze(True), model, part.x, part.y, batch=7)
+    sqnr = diagnosed(rounded(model), model, part.x, part.y, measured=16)
+    assert sqnr == layer_sqnr(rounded(model), model, part.x[:16]) and min(sqnr.values()) > 20
+    assert diagnosed(rounded(model).freeze(True), model, part.x, part.y, batch=7).keys() == sqnr.keys()
 
 
 @pytest.mark.parametrize("what", ["weights", "activations"])

@@ -524,6 +524,7 @@ def _pulse() -> Callable[[], None]:
 
 
 def main(argv: List[str]) -> int:
+    """Do what the host asks, by the words of the command line; answer the exit code."""
     if argv[:1] == ["state"]:
         print(json.dumps(dict(state(), engines={} if "alone" in argv else engines())))
     elif argv == ["run"]:
