@@ -35,7 +35,7 @@ class PTQ(IntegerBackend):
     ``iterations`` a unit (quant/reconstruct.py); ``reestimate_bn`` folds BatchNorm only then, its statistics moved by as much as
     rounding has moved them on the calibration images; ``correct_bias`` takes the mean error out of every bias (both
     quant/bias.py). A network of which an exit falls to chance raises Collapsed.
-    benchmarks/repair.py, SDN ResNet-20, rounded to nearest, tune and val, KL divergence x 1000 from float at the first, middle and last exit: W4A8
+    benchmarks/repair.py: SDN ResNet-20, to nearest, tune and val, KL x 1000 from float at the first, middle and last exit: W4A8
     14 44 40, with correct_bias 6 19 87, with reestimate_bn 6 14 15, with both 7 20 20; W3A8 115 626 529, 25 137 1671, 28 53 63,
     28 94 137. Biases alone leave the variance that rounding takes: the last exit falls from 76 to 31 % in W3A8 (BatchNorm: 89 %).
     Behind QDrop neither gains anything (W4A4, 300 iterations: 8 15 20, then 9 16 23, then 9 17 27).
