@@ -9,13 +9,14 @@ BIN    := $(VENV)/bin
 ANYTIME := $(BIN)/python -m anytime
 SETS   := $(foreach s,$(SET),--set '$(s)')
 COMMON := $(SETS) --results '$(RESULTS)' $(if $(DEBUG),--debug)
+SAYS   := $(if $(QUIET),--quiet) $(if $(JSON),--json)
 
 .DEFAULT_GOAL := help
-.PHONY: help exp list report cite measure board-emulated export zoo clean-cache install test check format bench smoke
+.PHONY: help exp list report compare cite measure board-emulated export zoo clean-cache install test check format bench smoke
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo '  variables: EXP=$(EXP) SET="recipe.epochs=1 train_seeds=(0,)" FORCE=1 JOBS=1 FORMAT=$(FORMAT) RESULTS=$(RESULTS) DEBUG=1'
+	@echo '  variables: EXP=$(EXP) SET="recipe.epochs=1 train_seeds=(0,)" FORCE=1 JOBS=1 FORMAT=$(FORMAT) RESULTS=$(RESULTS) DEBUG=1 QUIET=1 JSON=1'
 
 # torch first and by its exact pin: pip then finds the CPU build where there is one beside it.
 $(BIN)/.installed: setup.cfg pyproject.toml
@@ -36,25 +37,28 @@ $(BIN)/.installed-boards: $(BIN)/.installed
 install: $(BIN)/.installed ## make .venv and install into it
 
 exp: $(BIN)/.installed ## run what EXP lacks, write and print its table
-	@$(ANYTIME) run '$(EXP)' $(COMMON) --format '$(FORMAT)' --jobs $(JOBS) $(if $(FORCE),--force)
+	@$(ANYTIME) run '$(EXP)' $(COMMON) --format '$(FORMAT)' --jobs $(JOBS) $(if $(FORCE),--force) $(SAYS)
 
 list: $(BIN)/.installed ## what EXP asks for: todo, done, skip and why, fail
-	@$(ANYTIME) list '$(EXP)' $(COMMON)
+	@$(ANYTIME) list '$(EXP)' $(COMMON) $(if $(JSON),--json)
 
 report: $(BIN)/.installed ## write EXP's tables and figures from its records
-	@$(ANYTIME) report '$(EXP)' $(COMMON) --format '$(FORMAT)'
+	@$(ANYTIME) report '$(EXP)' $(COMMON) --format '$(FORMAT)' $(SAYS)
+
+compare: $(BIN)/.installed ## A beside B (experiments, or folders of results); fails if B is worse; TOLERANCE="accuracy=0.3 size_bytes=1.02"
+	@$(ANYTIME) compare '$(A)' '$(B)' --results '$(RESULTS)' $(foreach t,$(TOLERANCE),--tolerance '$(t)') $(SAYS)
 
 cite: $(BIN)/.installed ## print the sources of what EXP uses
-	@$(ANYTIME) cite '$(EXP)' $(COMMON)
+	@$(ANYTIME) cite '$(EXP)' $(COMMON) $(if $(JSON),--json)
 
 measure: $(BIN)/.installed-boards ## measure EXP on BOARD (a file of experiments/boards/, or several), training nothing again
-	@$(ANYTIME) measure '$(EXP)' --board $(BOARD) $(COMMON) --format '$(FORMAT)'
+	@$(ANYTIME) measure '$(EXP)' --board $(BOARD) $(COMMON) --format '$(FORMAT)' $(SAYS)
 
 board-emulated: $(BIN)/.installed-boards ## answers of an emulated aarch64 board; root, network, about 10 minutes; not in CI
 	scripts/board_emulated.sh $(BIN)/python
 
 export: $(BIN)/.installed ## write the network CELL (a key, or EXP and words of its row) to TO; POLICY= BUDGET= SINGLE=1
-	@$(ANYTIME) export $(CELL) --to '$(TO)' $(COMMON) $(if $(POLICY),--policy '$(POLICY)') $(if $(BUDGET),--budget $(BUDGET)) $(if $(SINGLE),--single-file)
+	@$(ANYTIME) export $(CELL) --to '$(TO)' $(COMMON) $(if $(POLICY),--policy '$(POLICY)') $(if $(BUDGET),--budget $(BUDGET)) $(if $(SINGLE),--single-file) $(if $(QUIET),--quiet)
 
 zoo: $(BIN)/.installed ## keep the networks that EXP has trained in results/zoo
 	@$(ANYTIME) zoo '$(EXP)' $(COMMON)
@@ -65,9 +69,10 @@ clean-cache: $(BIN)/.installed ## say how large the cache is; YES=1 deletes it
 test: $(BIN)/.installed-test ## install what tests need, and run them
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-check: $(BIN)/.installed-test ## ruff and mypy, as CI runs them
+check: $(BIN)/.installed-test ## ruff, mypy, and every table and figure again from the records, as CI runs them
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(ANYTIME) report --check
 
 format: $(BIN)/.installed-test ## sort imports and format
 	$(BIN)/ruff check -q --fix --select I .

@@ -1,16 +1,23 @@
-"""The command line: python -m anytime run | list | report | cite | measure | board | export | zoo | clean-cache."""
+"""The command line: python -m anytime run | list | report | compare | cite | measure | board | export | zoo | clean-cache."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from anytime.errors import AnytimeError
 
-FORMATS = ("md", "csv", "tex")
+if TYPE_CHECKING:  # to import it takes longer than many commands
+    import pandas as pd
+
+FORMATS = ("md", "csv", "tex", "html")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         ("run", "run what an experiment lacks, then write and print its table"),
         ("list", "what an experiment asks for: todo, done, skip and why, fail"),
         ("report", "write tables and figures from the records, without running anything"),
+        ("compare", "two experiments or runs side by side; exit code 1 if B is worse than A beyond a tolerance"),
         ("cite", "print the sources of what an experiment uses"),
         ("measure", "time what an experiment lacks on a board, and execute its policies there; trains nothing that is there"),
         ("board", "say what a board is, in which state, and what is wrong with it"),
@@ -33,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name in ("run", "report", "measure", "compare", "export", "zoo"):
+            command.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON where it is asked for")
+        if name in ("run", "list", "report", "compare", "cite", "measure"):
+            command.add_argument("--json", action="store_true", help="print JSON instead of text")
         if name == "clean-cache":
             command.add_argument("--yes", action="store_true", help="delete")
             continue
@@ -40,8 +52,28 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("what", choices=["check"], help="read-only: nothing is changed or left there")
             command.add_argument("boards", nargs="+", metavar="NAME", help="a file of experiments/boards/, or its path")
             continue
+        if name == "compare":
+            for side in ("a", "b"):
+                command.add_argument(
+                    side, metavar=side.upper(), help="an experiment with records, or a folder of results or records"
+                )
+            command.add_argument(
+                "--tolerance",
+                action="append",
+                default=[],
+                metavar="NAME=V",
+                help="accuracy=0.3 (points), size_bytes=1.02 (ratio); may be repeated",
+            )
+            continue
         if name == "export":
             _export_arguments(command)
+        elif name == "report":
+            command.add_argument(
+                "experiment", metavar="EXP", nargs="?", help="as of run; without it every experiment that has records"
+            )
+            command.add_argument(
+                "--check", action="store_true", help="write nothing: are the tables there what the records give?"
+            )
         else:
             command.add_argument("experiment", metavar="EXP", help="a name in experiments/, or the path of your own file")
         command.add_argument(
@@ -79,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return {
-            "run": _run, "list": _list, "report": _report, "cite": _cite, "measure": _measure, "board": _board, "export": _export,
-            "zoo": _zoo, "clean-cache": _clean_cache,
+            "run": _run, "list": _list, "report": _report, "compare": _compare, "cite": _cite, "measure": _measure, "board": _board,
+            "export": _export, "zoo": _zoo, "clean-cache": _clean_cache,
         }[args.command](args)  # fmt: skip
     except AnytimeError as error:
         if args.debug:
@@ -108,36 +140,108 @@ def _run(args: argparse.Namespace) -> int:
 
         raise UsageError(f"--jobs {args.jobs}: give 1 or more")
     exp = experiment(args.experiment, args.sets)
-    with Bars() as bars:
+    with Bars(args.quiet) as bars:
         runner = Runner(exp, args.results, bars.step, bars.log, args.debug)
         if args.force:
             runner.forget()
         n = len(runner.todo())
         bars.log(f"{exp.name}: {n} facts to do" if n else f"{exp.name}: everything is there; FORCE=1 (--force) runs it again")
         runner.run(args.jobs)
-    _write_report(exp.name, args.results, formats)
+    _write_reports([exp.name], formats, args)
     failed = [reason for fact_state, reason in runner.states() if fact_state == "fail"]
     if failed:
         print(f"anytime: {len(failed)} facts failed, the first one because: {failed[0]}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _write_report(name: str, results: Path, formats: Sequence[str]) -> None:
+def _write_reports(names: Sequence[str], formats: Sequence[str], args: argparse.Namespace) -> None:
+    """Write the reports of ``names``; print the only one, or as JSON all."""
     from anytime import report
+    from anytime.progress import Bars
 
-    written = report.write(results / "records", name, results, formats)
-    print(report.show(report.rows(results / "records", name)))
-    print("\n".join(f"wrote {path}" for path in written))
+    said: list[dict[str, Any]] = []
+    with Bars(args.quiet) as bars:
+        for i, name in enumerate(names):
+            bars.step("report", i, len(names))
+            written = report.write(args.results / "records", name, args.results, formats)
+            if args.json or not args.quiet:
+                said.append({"rows": report.rows(args.results / "records", name), "wrote": [str(path) for path in written]})
+    if args.json:
+        print(json.dumps([_plain(**one) for one in said] if len(said) > 1 else _plain(**said[0]), indent=1))
+        return
+    for one in said:
+        lines = [f"wrote {path}" for path in one["wrote"]]
+        print(*([report.show(one["rows"])] if len(said) == 1 else []), *lines, sep="\n")
+
+
+def _plain(rows: pd.DataFrame, wrote: list[str]) -> dict[str, Any]:
+    """A report as JSON says it: nothing where there is no number."""
+    return {
+        **{str(k): v for k, v in rows.attrs.items()},
+        "wrote": wrote,
+        "rows": json.loads(rows.to_json(orient="records", double_precision=15)),
+    }
 
 
 def _report(args: argparse.Namespace) -> int:
+    from anytime import record
+    from anytime.errors import UsageError
+
     name = args.experiment
-    if args.sets or name.endswith(".py") or "/" in name:
+    if name and (args.sets or name.endswith(".py") or "/" in name):
         from anytime.find import experiment  # what was overridden decides the name
 
         name = experiment(name, args.sets).name
-    _write_report(name, args.results, _formats(args.format))
-    return 0
+    names = [name] if name else record.experiments(args.results / "records")
+    if not names:
+        raise UsageError(f"there are no records in {args.results / 'records'}: run an experiment first, or say --results")
+    if not args.check:
+        _write_reports(names, _formats(args.format), args)
+        return 0
+    wrong = list(_differences(names, args))
+    if not name:  # a table without records is as wrong as one that differs
+        known = {str(path) for path in (args.results / "tables").glob("*") if path.stem not in names}
+        wrong += [f"{path} has no records: remove it" for path in sorted(known)]
+    if args.json:
+        print(json.dumps({"experiments": names, "wrong": wrong}, indent=1))
+    elif not args.quiet and not wrong:
+        print(f"{len(names)} experiments: every table is what its records give, byte by byte; every figure can be drawn")
+    for sentence in wrong:
+        print(f"anytime: {sentence}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _differences(names: Sequence[str], args: argparse.Namespace) -> Iterator[str]:
+    """A sentence per table that is not what the records give; figures are drawn, but their letters depend on the machine's fonts."""
+    from anytime import report
+    from anytime.progress import Bars
+
+    with tempfile.TemporaryDirectory() as folder, Bars(args.quiet) as bars:
+        for i, name in enumerate(names):
+            bars.step("check", i, len(names))
+            for path in report.write(args.results / "records", name, Path(folder)):
+                there = args.results / path.relative_to(folder)
+                fix = f"make report EXP={name}, and read the difference"
+                if path.suffix == ".svg":
+                    continue
+                if not there.is_file():
+                    yield f"{there} is missing: {fix}"
+                elif there.read_bytes() != path.read_bytes():
+                    lines = zip(there.read_text().splitlines(), path.read_text().splitlines(), strict=False)
+                    at = next((k for k, (old, new) in enumerate(lines, 1) if old != new), "the last")
+                    yield f"{there} is not what its records give, from line {at} on: {fix}"
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from anytime import compare
+
+    allowed = compare.tolerances(args.tolerance)
+    said = compare.compare(args.a, args.b, args.results, allowed)
+    if args.json:
+        print(compare.as_json(said, allowed))
+    elif not args.quiet:
+        print(compare.as_markdown(said, allowed))
+    return 1 if said.count("worse") else 0
 
 
 def _formats(text: str) -> tuple[str, ...]:
@@ -154,7 +258,8 @@ def _list(args: argparse.Namespace) -> int:
     from anytime.find import experiment
     from anytime.listing import listing
 
-    print(listing(experiment(args.experiment, args.sets), args.results))
+    said = listing(experiment(args.experiment, args.sets), args.results)
+    print(json.dumps(asdict(said), indent=1) if args.json else said.text())
     return 0
 
 
@@ -162,17 +267,21 @@ def _cite(args: argparse.Namespace) -> int:
     from anytime.find import experiment
     from anytime.listing import sources
 
-    print(sources(experiment(args.experiment, args.sets)))
+    found = sources(experiment(args.experiment, args.sets))
+    width = max(map(len, found), default=0)
+    print(json.dumps(found, indent=1) if args.json else "\n".join(f"{name:<{width}}  {text}" for name, text in found.items()))
     return 0
 
 
 def _measure(args: argparse.Namespace) -> int:
     from anytime.find import experiment
     from anytime.measure import measure
+    from anytime.progress import Bars
 
     formats, exp = _formats(args.format), experiment(args.experiment, args.sets)
-    left = measure(exp, args.boards, args.results, print, args.debug)
-    _write_report(exp.name, args.results, formats)
+    with Bars(args.quiet) as bars:
+        left = measure(exp, args.boards, args.results, bars.log, args.debug, bars.step)
+    _write_reports([exp.name], formats, args)
     for board, state, reason in left[:1]:
         print(f"anytime: {len(left)} facts are missing, the first one on {board}: {state} {reason}", file=sys.stderr)
     return 1 if left else 0
@@ -190,13 +299,14 @@ def _export(args: argparse.Namespace) -> int:
     from anytime.export import choose, how_to_use, write_bundle, write_single
     from anytime.progress import Bars
 
-    with Bars() as bars:
+    with Bars(args.quiet) as bars:
         chosen = choose(args.cell, args.sets, args.results, args.policy, args.budget, bars.step)
         path = (write_single if args.single_file else write_bundle)(chosen, args.to)
     cell, said = chosen.cell, chosen.said
     what = f"{cell.model.label} on {cell.data.label}, {cell.backend.column}, of {chosen.exp.name}"
     under = f", {said['label']} at {said['budget']:g}" if said else ""
-    print(f"wrote {path}: {what}{under}", how_to_use(chosen, args.to, args.single_file), sep="\n\n")
+    if not args.quiet:
+        print(f"wrote {path}: {what}{under}", how_to_use(chosen, args.to, args.single_file), sep="\n\n")
     return 0
 
 
@@ -205,7 +315,8 @@ def _zoo(args: argparse.Namespace) -> int:
     from anytime.zoo import add
 
     for path in add(experiment(args.experiment, args.sets), args.results):
-        print(f"{path.stat().st_size / 1e6:6.2f} MB  {path}")
+        if not args.quiet:
+            print(f"{path.stat().st_size / 1e6:6.2f} MB  {path}")
     return 0
 
 

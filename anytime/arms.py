@@ -52,6 +52,7 @@ class Decider:
         self._points: dict[str, Points] = {}
         self._families: dict[str, tuple[tuple[Policy, ...], Family]] = {}
         self._hot: dict[str, Floats] = {}
+        self._answers: dict[str, dict[str, Floats]] = {}
 
     # What decisions need to know of a network ------------------------------------------------------------------
 
@@ -61,6 +62,16 @@ class Decider:
         if name not in self._predictions or not set(more) <= self._predictions[name].keys():
             self._predictions[name] = dict(self.shop.predictions(cell, (*USUAL, *more)))  # type: ignore[arg-type]
         return self._predictions[name]
+
+    def said(self, fact: Fact, cell: Cell) -> dict[Any, Predictions]:
+        """Of the usual parts; val and test as the fact's board answered, where its engine is one of its own."""
+        found = self.predictions(cell)
+        if fact.board is None:
+            return found
+        name = measured(cell, fact.board)
+        if name not in self._answers:
+            self._answers[name] = self.shop.answers(name)
+        return found | {part: replace(found[part], logits=logits) for part, logits in self._answers[name].items()}
 
     def cost(self, cell: Cell) -> Cost:
         """From the network's eval record; counted on the network where there is none."""
@@ -115,7 +126,7 @@ class Decider:
         name = key((cell, fact.policy, fact.budget, fact.board))
         if name not in self.fits:
             asked_of, total = self.currency(fact, cell)
-            val = self.predictions(cell)["val"]
+            val = self.said(fact, cell)["val"]
             try:
                 if self.exp.currency == "accuracy":
                     self.fits[name] = fact.policy.fit_accuracy(val, asked_of, fact.budget)
@@ -150,7 +161,7 @@ class Decider:
         if name not in self._points:
             assert fact.policy is not None
             asked_of, _ = self.currency(fact, cell)
-            val = self.predictions(cell)["val"]
+            val = self.said(fact, cell)["val"]
             found: dict[str, Policy] = {}
             names: dict[float, str] = {}
             for budget in self.exp.budgets:
@@ -182,7 +193,7 @@ class Decider:
         if name not in self._families:
             points = self._grid(fact, source)
             asked_of, _ = self.currency(fact, fact.cell)
-            test = self.predictions(fact.cell)["test"]
+            test = self.said(fact, fact.cell)["test"]
             policies = self._adapted(fact, points.policies)
             exits = np.array([p.leave(test).astype(np.uint8) for p in policies])
             right = np.array([p.answer(test.logits, e).argmax(-1) == test.labels for p, e in zip(policies, exits, strict=True)])
@@ -196,7 +207,7 @@ class Decider:
         """The row of a decide record."""
         cell, exp = fact.cell, self.exp
         assert fact.policy is not None
-        val, test = (self.predictions(cell)[part] for part in ("val", "test"))
+        val, test = (self.said(fact, cell)[part] for part in ("val", "test"))
         cost, (asked_of, total) = self.cost(cell), self.currency(fact, cell)
         self._fit(fact, source_of(fact))  # or says why this budget cannot be had
         policies, family = self._family(fact)
@@ -236,7 +247,7 @@ class Decider:
         there = self._there(fact)
         if fact.against is None or there is None:
             return {}
-        test, other = (self.predictions(cell)["test"] for cell in (fact.cell, fact.against))
+        test, other = (self.said(fact, cell)["test"] for cell in (fact.cell, fact.against))
         before = there[1].exits[there[2]].astype(np.intp)
         at_before = fitted.answer(test.logits, before).argmax(-1)
         said, said_before = answers.argmax(-1), there[0].answer(other.logits, before).argmax(-1)

@@ -28,6 +28,8 @@ from anytime.quant.ranges import Observer
 from anytime.spec import Spec
 from anytime.train import Trainer
 
+AT_ONCE = 2**21  # input values that are predicted together, so that activations of large images fit into memory
+
 
 class Deployable(ABC):
     """A network in the form that a board runs. It can be pickled: boards start processes of their own."""
@@ -81,10 +83,10 @@ class Deployable(ABC):
         return None
 
     def predict(self, x: Floats, batch: int = 256) -> Floats:
-        """Every exit for every sample: [N, ...] -> [E, N, K]; UsageError without samples."""
+        """Every exit for every sample: [N, ...] -> [E, N, K]; UsageError without samples. Of large ones fewer than ``batch`` at once."""
         if not len(x):
             raise UsageError("there is no sample to predict: give at least one")
-        blocks = []
+        blocks, batch = [], max(1, min(batch, AT_ONCE // x[0].size))
         plan = self.plan(range(self.n_exits))
         for i in range(0, len(x), batch):
             state, rows = self.start(x[i : i + batch]), []

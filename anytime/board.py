@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -23,7 +23,9 @@ from anytime.spec import Spec
 class Timing:
     """Raw times in ms a sample: stage and head of every link, [E, R], over R batches and launches (batch 1: samples).
 
-    ``wall`` is elapsed time, ``cpu`` the process's CPU time over all its threads; never one in the other's place.
+    ``wall`` is elapsed time, ``cpu`` the process's CPU time over all its threads, NaN where nothing tells it; never one in the other's
+    place. ``layers``: what the engine says of its own layers, a row for each. ``energy_mj``: of one inference to each exit, every head
+    on the way run, None where it could not be had; () where it was not measured.
     """
 
     stage_ms: Floats
@@ -32,6 +34,8 @@ class Timing:
     head_cpu_ms: Floats
     launches: int
     facts: dict[str, str]
+    layers: tuple[dict[str, Any], ...] = ()
+    energy_mj: tuple[float | None, ...] = ()
 
     def to_exit(self, exit: int, uses: tuple[int, ...] | None = None, cpu: bool = False) -> Floats:
         """ms [R] to leave at ``exit`` when the heads of ``uses`` (default: every one on the way) are run."""
@@ -88,6 +92,10 @@ class Board(Spec, ABC):
     def run(self, jobs: Sequence[tuple[Deployable, Policy]], x: Floats) -> list[Replayed]:
         """Execute each policy on its network's plan over x [R, ...], rounds interleaved over ``jobs``."""
 
+    def answers(self, nets: Sequence[Deployable], parts: Mapping[str, Floats]) -> list[dict[str, Floats] | None]:
+        """What its own engines answer, per network: part -> logits [E, N, K]; None where this machine's answers stand for them."""
+        return [None] * len(nets)
+
 
 def board_test(policy: Policy, logits: Floats) -> dict[str, Any]:
     """What a board needs to run ``policy``: the exits that it reads, and for each but the last its test in stops.py.
@@ -98,8 +106,11 @@ def board_test(policy: Policy, logits: Floats) -> dict[str, Any]:
     """
     used, tests = policy.uses(len(logits)), []
     for i in range(len(used) - 1):
-        decided, name, said = _watched(policy, logits[list(used[: i + 1])])
-        read, arguments = said.pop("logits"), {k: np.asarray(v).tolist() for k, v in said.items()}
+        read = logits[list(used[: i + 1])]
+        decided, name, said = _watched(policy, read)
+        arguments = {k: np.asarray(v).tolist() for k, v in said.items() if k != "logits"}
+        if policy.temperatures:
+            read = stops.tempered(read, tuple(policy.temperatures[k] for k in used[: i + 1]))
         again = getattr(stops, name)(read, **{k: np.array(v) if isinstance(v, list) else v for k, v in arguments.items()})
         if not np.array_equal(decided, again):
             raise Unsupported(f"{policy.label} does not decide as stops.{name} alone does: a board cannot run it")

@@ -36,7 +36,8 @@ class Cell(Spec):
 class Suite(Spec):
     """One data set and the networks compared on it; the first network is the suite's reference.
 
-    ``models`` are trained by the experiment's recipe, ``others`` each by the one that stands beside it.
+    ``models`` are trained by the experiment's recipe, ``others`` each by the one that stands beside it. Suites of equal data are
+    not compared with each other.
     """
 
     data: DatasetSpec
@@ -81,9 +82,11 @@ class Experiment(Spec):
                 raise UsageError(f"experiment {self.name!r}: {field} is empty; name at least one")
         if any(not suite.models for suite in self.suites):
             raise UsageError(f"experiment {self.name!r}: a suite has no models; name at least its reference")
-        if len({suite.data for suite in self.suites}) < len(self.suites):
+        named = [(suite.data, *network) for suite in self.suites for network in self.networks(suite)]
+        if len(set(named)) < len(named):
+            data, model, _ = next(one for one in named if named.count(one) > 1)
             raise UsageError(
-                f"experiment {self.name!r}: two suites have the same data; name its networks in one, to compare them"
+                f"experiment {self.name!r}: {model.label} on {data.label} is named twice; name it once, in one suite"
             )
         if any(not b > 0 for b in self.budgets):
             raise UsageError(f"experiment {self.name!r}: budgets={self.budgets} must all be above 0")
@@ -98,14 +101,21 @@ class Experiment(Spec):
     def cells(self) -> Iterator[Cell]:
         """Every cell, those that share a training next to each other."""
         for suite in self.suites:
-            networks = [*((model, self.recipe) for model in suite.models), *suite.others]
-            for train_seed, seed, (model, recipe), backend in product(self.train_seeds, self.seeds, networks, self.backends):
+            every = product(self.train_seeds, self.seeds, self.networks(suite), self.backends)
+            for train_seed, seed, (model, recipe), backend in every:
                 yield Cell(suite.data, model, recipe, backend, train_seed, seed)
+
+    def networks(self, suite: Suite) -> list[tuple[ModelSpec, Recipe]]:
+        """What a suite compares, each with its recipe."""
+        return [*((model, self.recipe) for model in suite.models), *suite.others]
+
+    def suite_of(self, cell: Cell) -> Suite:
+        """The suite that a cell is compared in."""
+        return next(s for s in self.suites if s.data == cell.data and (cell.model, cell.recipe) in self.networks(s))
 
     def reference_model(self, cell: Cell) -> ModelSpec:
         """The network whose cost the budgets of a cell are fractions of."""
-        first = next(suite.models[0] for suite in self.suites if suite.data == cell.data)
-        return cell.model if self.budgets_of == "own" else first
+        return cell.model if self.budgets_of == "own" else self.suite_of(cell).models[0]
 
     @property
     def reference_backend(self) -> Backend:

@@ -1,7 +1,8 @@
-"""What this machine's processor can do."""
+"""What this machine's processor can do, and how long tasks have waited for it."""
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,3 +27,17 @@ def flags() -> frozenset[str]:
 def has_any(wanted: tuple[str, ...]) -> bool:
     """Whether the processor has one of the flags."""
     return bool(flags() & set(wanted))
+
+
+def stalled_us() -> int | None:
+    """us since the start of the system in which some task waited for a CPU; None where the kernel does not say."""
+    total = re.search(r"some .*total=(\d+)", read("/proc/pressure/cpu"))
+    return int(total[1]) if total else None
+
+
+def read(path: str) -> str:
+    """What the system says in a file; "" where it has none."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

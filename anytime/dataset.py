@@ -115,6 +115,11 @@ class DatasetSpec(Spec, ABC):
     def preprocessing(self) -> Preprocessing:
         """How the pixels are normalised, before any augmentation."""
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels are the classes that its networks answer with."""
+        return True
+
     def augmentation(self) -> Augment | None:
         """What training does to each batch; None does nothing."""
         return None
@@ -189,6 +194,19 @@ def draw(y: NDArray[Any], counts: dict[str, int], seed: int, name: str) -> dict[
         start += n
     out["train"] = np.sort(order[start:])
     return out
+
+
+def enlarge(x: NDArray[np.uint8], size: int) -> NDArray[np.float64]:
+    """Bring images [..., S, S] to [..., size, size] of at least S, bilinearly, edges repeated.
+
+    Computed in integers up to the last division, so that every machine gets the same bits and the same digests.
+    """
+    old = x.shape[-1]
+    # Twice each output pixel's place in input pixels, times size: a whole number.
+    place = np.clip((2 * np.arange(size) + 1) * old - size, 0, 2 * size * (old - 1))
+    weight = np.maximum(0, 2 * size - np.abs(place[:, None] - 2 * size * np.arange(old)))  # rows sum to 2 * size
+    sums: NDArray[np.int64] = weight @ x.astype(np.int64) @ weight.T
+    return sums / (2 * size) ** 2
 
 
 def digest(*arrays: NDArray[Any]) -> str:

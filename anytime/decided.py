@@ -16,6 +16,11 @@ from anytime.metrics import Interval
 
 LIMITED = listed("budget_violation exit_flips regret")  # with limits of their own beside them
 REACHED = listed("nll_reached brier_reached ece_reached auroc_reached")
+JUDGED = listed(  # what only labels can tell
+    "accuracy accuracy_lo accuracy_hi loss loss_lo loss_hi loss_upper static_loss static_loss_lo static_loss_hi static_loss_upper "
+    "ece nll brier auroc overthinking harmful_flips helpful_flips regret regret_lo regret_hi recovered area gain gain_lo gain_hi "
+    "accuracy_at_macs accuracy_at_bops accuracy_at_ms"
+)
 
 
 def known(values: Any) -> list[float]:
@@ -55,6 +60,11 @@ def reached(points: Sequence[Row]) -> Row:
             means = [known(values) for values in exits]
             row[name] = "/".join(f"{statistics.fmean(values):.4f}" if values else "–" for values in means)
     return row
+
+
+def unjudged(network: Network) -> Row:
+    """Blanks for all that labels tell, where its eval record says why they tell nothing."""
+    return dict.fromkeys(JUDGED, NAN) | dict.fromkeys(REACHED, "") if network.facts.get("unjudged") else {}
 
 
 def recovered(network: Network, asked: Asked, row: Row) -> Row:

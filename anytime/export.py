@@ -53,12 +53,12 @@ class Chosen(NamedTuple):
 
 def choose(
     words: Sequence[str], sets: Sequence[str], results: Path, policy: str | None, budget: float | None,
-    progress: Progress = silent,
+    progress: Progress = silent, exp: Experiment | None = None,
 ) -> Chosen:  # fmt: skip
-    """The cell that ``words`` name, compressed for ONNX Runtime, with the policy of that label fitted for that budget."""
+    """The cell that ``words`` name (see find_cell), compressed for ONNX Runtime, with that policy fitted for that budget."""
     if policy is None and budget is not None:
         raise UsageError(f"--budget {budget:g} belongs to a policy: name one with --policy")
-    exps, cell = find_cell(words, sets)
+    exps, cell = find_cell(words, sets, exp)
     having = [e for e in exps if budget in (None, *e.budgets) and policy in (None, *(p.label for p in e.policies))] or exps
     if policy is not None and len(having) > 1:
         raise UsageError(
@@ -83,17 +83,22 @@ def choose(
     return Chosen(exp, cell, net, fitted, _said(exp, fact, fitted, shop.predictions(cell)["test"]), shop)
 
 
-def find_cell(words: Sequence[str], sets: Sequence[str] = ()) -> tuple[tuple[Experiment, ...], Cell]:
+def find_cell(
+    words: Sequence[str], sets: Sequence[str] = (), exp: Experiment | None = None
+) -> tuple[tuple[Experiment, ...], Cell]:
     """The one cell that is meant, and the experiments that have it: by the beginning of its key, or by EXP and words of its row.
 
-    A word is a whole label (of data, network, backend, column) or a piece of one. UsageError with the near misses.
+    ``exp`` may be one that lies in no file: then all are words of its row. A word is a whole label (of data, network, backend,
+    column) or a piece of one. UsageError with the near misses.
     """
-    first, *rest = words
-    if re.fullmatch(r"[0-9a-f]{4,12}", first) and not rest and first not in names():
-        if sets:
-            raise UsageError("--set makes another experiment: name it, as in export EXP WORDS --set ..., instead of a key")
-        return _by_key(first)
-    exp = experiment(first, sets)
+    rest = words
+    if exp is None:
+        first, *rest = words
+        if re.fullmatch(r"[0-9a-f]{4,12}", first) and not rest and first not in names():
+            if sets:
+                raise UsageError("--set makes another experiment: name it, as in export EXP WORDS --set ..., instead of a key")
+            return _by_key(first)
+        exp = experiment(first, sets)
     cells = list(exp.cells())
     for word in rest:
         cells = _narrowed(cells, word, exp)
@@ -180,6 +185,18 @@ def _said(exp: Experiment, fact: Fact, fitted: Policy, test: Predictions) -> dic
 
 
 # Writing
+
+
+def save(
+    exp: Experiment | str, *words: str, to: Path | str, policy: str | None = None, budget: float | None = None,
+    results: Path | str = "results",
+) -> Path:  # fmt: skip
+    """Write the network of ``exp`` that ``words`` of its row name, for ``anytime.load``; answer its manifest.
+
+    As ``python -m anytime export``: what is not trained yet is. ``exp`` is an Experiment, or the name or path of one.
+    """
+    found = exp if isinstance(exp, Experiment) else experiment(exp)
+    return write_bundle(choose(words, (), Path(results), policy, budget, exp=found), Path(to))
 
 
 def write_bundle(chosen: Chosen, to: Path) -> Path:

@@ -73,9 +73,8 @@ def measured(cell: Cell, board: Board) -> str:
 
 def facts_of(exp: Experiment) -> Iterator[Fact]:
     """Every fact, cell by cell: what it predicts, what it costs on each board, what each policy makes of it, executed."""
-    suites = {key(s.data): s for s in exp.suites}
     for position, cell in enumerate(exp.cells()):
-        suite = suites[key(cell.data)]
+        suite = exp.suite_of(cell)
         predicts = key(("eval", cell))
         yield Fact(predicts, "eval", suite, cell, position)
         for board in exp.boards:

@@ -27,6 +27,8 @@ _STYLE: dict[Any, Any] = {
 
 def pictures(rows: pd.DataFrame) -> dict[str, Callable[[pd.DataFrame], Figure]]:
     """Suffix of the file name -> the figure; those of arms where an experiment has more than refitted and kept."""
+    if (rows["status"] == "done").any() and not rows["accuracy"].notna().any():
+        return {}  # of networks that nobody trained there are no accuracies to draw
     own: dict[str, Callable[[pd.DataFrame], Figure]] = {"": figure}
     return own if rows["arm"].isin(["", "refitted", "kept"]).all() else own | {"_shares": shares, "_arms": arms}
 

@@ -59,8 +59,8 @@ class Network:
 
     @property
     def place(self) -> str:
-        """What networks must share to stand in one table: data and seed of the split."""
-        return key_of([self.spec.get(part) for part in ("data", "seed")])
+        """What networks must share to be compared: data, seed of the split, and the suite where several have these data."""
+        return key_of([self.spec.get("data"), self.spec.get("seed"), self.facts.get("suite", 0)])
 
     @property
     def family(self) -> str:

@@ -6,9 +6,10 @@ import inspect
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from anytime.config import Experiment
 from anytime.facts import Fact, facts_of, state
@@ -16,52 +17,66 @@ from anytime.record import Record, load, newest
 from anytime.spec import Spec
 
 
-def listing(exp: Experiment, results: Path) -> str:
-    """One line per network, backend and kind of fact; then how much is to do, with a time estimate from earlier records."""
+@dataclass
+class Listing:
+    """What is asked: a line per network, backend and kind of fact; how many facts are in which state; how long the rest takes."""
+
+    question: str
+    lines: list[dict[str, Any]]
+    total: dict[str, int]
+    left_s: float  # of the facts to do that were run before, by the median of earlier records of the same kind
+    n_unknown: int  # facts to do that were never run before
+    troubles: list[str]
+
+    def text(self) -> str:
+        """For people."""
+        lines = [self.question, ""]
+        for line in self.lines:
+            name = "  ".join(str(line[part]) for part in ("dataset", "model", "backend", "seed", "of"))
+            said = ", ".join(f"{n} {what}" if n > 1 else what for what, n in sorted(line["facts"].items()))
+            lines.append(f"{name:<78} {said}" + (f": {line['reason']}" if line["reason"] else ""))
+        lines += ["", ", ".join(f"{n} {what}" for what, n in self.total.items())]
+        if self.total["todo"] + self.total["fail"]:
+            guess = f"about {self.left_s / 60:.1f} minutes by earlier records of the same kind"
+            unknown = f"; {self.n_unknown} facts have no earlier record to judge by" if self.n_unknown else ""
+            lines.append(f"to do: {guess}{unknown}")
+        return "\n".join(lines + self.troubles)
+
+
+def listing(exp: Experiment, results: Path) -> Listing:
+    """What ``exp`` asks for and what is there of it; nothing is run."""
     loaded = load(results / "records")
     known = newest([item for item in loaded.records if item[0].exp == exp.name])
     took = _seconds([r for r, _ in loaded.records])
-    rows: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    reasons: dict[tuple[str, ...], str] = {}
+    lines: dict[tuple[str, ...], dict[str, Any]] = {}
     left: list[float | None] = []
     for fact in facts_of(exp):
         what, reason = state(fact, known)
-        line: tuple[str, ...] = (
-            fact.cell.data.label,
-            fact.cell.model.label,
-            fact.cell.backend.label,
-            f"seed {fact.cell.train_seed}",
-            fact.of,
-        )
-        rows[line][what] += 1
-        if reason:
-            reasons[line] = reason
+        cell = fact.cell
+        name = {
+            "dataset": cell.data.label, "model": cell.model.label, "backend": cell.backend.label,
+            "seed": f"seed {cell.train_seed}", "of": fact.of,
+        }  # fmt: skip
+        line = lines.setdefault(tuple(name.values()), name | {"facts": Counter[str](), "reason": ""})
+        line["facts"][what] += 1
+        line["reason"] = reason or line["reason"]
         if what in ("todo", "fail"):
             left.append(_estimate(fact, took))
-    lines = [exp.question, ""]
-    for name, counts in rows.items():
-        said = ", ".join(f"{n} {what}" if n > 1 else what for what, n in sorted(counts.items()))
-        lines.append(f"{'  '.join(name):<78} {said}" + (f": {reasons[name]}" if name in reasons else ""))
-    total = Counter(what for counts in rows.values() for what in counts.elements())
-    known_s = sum(s for s in left if s is not None)
-    unknown = sum(s is None for s in left)
-    lines += ["", ", ".join(f"{total[what]} {what}" for what in ("done", "todo", "skip", "fail"))]
-    if left:
-        guess = f"about {known_s / 60:.1f} minutes by earlier records of the same kind"
-        lines.append(f"to do: {guess}" + (f"; {unknown} facts have no earlier record to judge by" if unknown else ""))
-    return "\n".join(lines + loaded.troubles)
+    said = list(lines.values())
+    total = {what: sum(line["facts"][what] for line in said) for what in ("done", "todo", "skip", "fail")}
+    known_s = [s for s in left if s is not None]
+    return Listing(exp.question, said, total, sum(known_s), len(left) - len(known_s), loaded.troubles)
 
 
-def sources(exp: Experiment) -> str:
-    """The ``Source:`` of every class that the experiment uses, once."""
+def sources(exp: Experiment) -> dict[str, str]:
+    """Class -> its ``Source:``, of every class that the experiment uses."""
     found: dict[str, str] = {}
     for spec in _specs(exp):
         text = inspect.getdoc(type(spec)) or ""
         match = re.search(r"Source:\s*(.+?)(?:\n\s*\n|\Z)", text, re.S)
         if match:
             found[type(spec).__name__] = " ".join(match.group(1).split())
-    width = max(map(len, found), default=0)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in found.items())
+    return found
 
 
 def _specs(value: object) -> Iterator[Spec]:

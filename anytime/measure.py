@@ -15,6 +15,7 @@ from anytime.config import Experiment
 from anytime.errors import UsageError, near
 from anytime.find import folders, loaded
 from anytime.run import Runner
+from anytime.train import Progress, silent
 
 
 def names() -> list[str]:
@@ -51,7 +52,12 @@ def check(asked: Sequence[str]) -> tuple[str, bool]:
 
 
 def measure(
-    exp: Experiment, asked: Sequence[str], results: Path, log: Callable[[str], None], debug: bool = False
+    exp: Experiment,
+    asked: Sequence[str],
+    results: Path,
+    log: Callable[[str], None],
+    debug: bool = False,
+    progress: Progress = silent,
 ) -> list[tuple[str, str, str]]:
     """What ``exp`` lacks on these boards, all at once; answer (board, state, reason) of what is missing still.
 
@@ -59,10 +65,10 @@ def measure(
     predicted first, once.
     """
     exps = [replace(exp, boards=(board(name),)) for name in asked]
-    first = Runner(exps[0], results, log=log, debug=debug)
+    first = Runner(exps[0], results, progress, log, debug)
     first.predict_and_decide([f for f in first.todo() if f.of == "eval"])
     if len(exps) == 1:
-        done = [_on_one(exps[0], results, log, debug)]
+        done = [_on_one(exps[0], results, log, debug, progress)]
     else:
         # Processes, not threads: torch.fx can trace but one network at a time.
         with ProcessPoolExecutor(len(exps), mp_context=get_context("spawn")) as pool:
@@ -70,7 +76,9 @@ def measure(
     return [left for one in done for left in one]
 
 
-def _on_one(exp: Experiment, results: Path, log: Callable[[str], None], debug: bool) -> list[tuple[str, str, str]]:
-    runner = Runner(exp, results, log=log, debug=debug)
+def _on_one(
+    exp: Experiment, results: Path, log: Callable[[str], None], debug: bool, progress: Progress = silent
+) -> list[tuple[str, str, str]]:
+    runner = Runner(exp, results, progress, log, debug)
     runner.run()
     return [(exp.boards[0].name, state, reason) for state, reason in runner.states() if state in ("fail", "todo")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -115,6 +116,24 @@ def auroc(logits: Floats, labels: Ints) -> float | None:
     return float(below.sum() / (2 * len(sure) * len(wrong)))
 
 
+def disagreement(said: Ints) -> float:
+    """Share of samples about which two members say different classes [m, N], meant over the pairs.
+
+    Source: Kuncheva and Whitaker, "Measures of diversity in classifier ensembles", 2003, section 2.1.3, with "different
+    classes" for "one right, one wrong".
+    """
+    return float(np.mean([(a != b).mean() for a, b in combinations(said, 2)]))
+
+
+def double_fault(said: Ints, labels: Ints) -> float:
+    """Share of samples about which two members [m, N] are both wrong, meant over the pairs.
+
+    Source: Kuncheva and Whitaker 2003, section 2.1.4 (Giacinto and Roli 2001).
+    """
+    wrong = said != labels
+    return float(np.mean([(a & b).mean() for a, b in combinations(wrong, 2)]))
+
+
 class Interval(NamedTuple):
     """An estimate with its two-sided 95 % limits."""
 
@@ -210,8 +229,17 @@ METRICS: dict[str, Metric] = {
     "latency_ms_mean": Metric("ms", "lower", 3, "mean of the same: a policy's median is just the latency of one of its exits"),
     "latency_ms_spread": Metric("ms", "lower", 3, "largest minus smallest median over repeated measurements"),
     "cpu_ms": Metric("ms", "lower", 3, "mean process CPU time a sample, all threads: compares work on a noisy machine"),
+    "energy_mj": Metric(
+        "mJ", "lower", 3, "of the module above idle, one sample, batch 1, heads on the way included; the facts state the window"
+    ),
     "speedup": Metric(
         "x", "higher", 2, "mean latency of speedup_over divided by this row's, within sessions that timed both if any"
+    ),
+    "board_accuracy": Metric(
+        "%", "higher", 2, "top-1 share of the test part that is right by the engine on the board, where no other machine has it"
+    ),
+    "board_agreement": Metric(
+        "%", "higher", 2, "share of test samples on which that engine says the class that was scored on this machine"
     ),
     "agreement": Metric(
         "%", "higher", 2, "share of test samples on which the engine and its twin in torch say the same class, worst exit"
@@ -283,6 +311,13 @@ METRICS: dict[str, Metric] = {
     ),
     "gain": Metric(
         "points", "higher", 2, "paired: accuracy here minus that of the experiment's first policy, same network, budget, arm"
+    ),
+    "max_error": Metric(
+        "", "lower", 4, "largest absolute difference from the reference's logits, the same network in FP32, over the test samples"
+    ),
+    "max_error_share": Metric("%", "lower", 3, "likewise, as a share of the range of the reference's logits"),
+    "answers": Metric(
+        "", "", 0, "classes that are said at all over the test samples: where they are few, agreement shows little"
     ),
     "same_exits": Metric("%", "higher", 1, "share of executed samples that left at the exit that the policy takes offline"),
 }

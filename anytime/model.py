@@ -36,7 +36,7 @@ class AnytimeModel(nn.Module):
     ``restarts``: every stage starts again from x, nothing before it can be reused (IResNeXt): the state that goes from
     segment to segment is x itself, and a stage maps it to what its own head reads.
     ``trained_on``: digests of the parts whose samples it has learned from; imported weights name the
-    whole published training set.
+    whole published training set. ``fresh_heads``: some heads have learned nothing yet, so it is trained all the same.
     """
 
     def __init__(self, stages: Iterable[nn.Module], heads: Iterable[nn.Module], restarts: bool = False) -> None:
@@ -47,6 +47,7 @@ class AnytimeModel(nn.Module):
             raise ValueError(f"{len(self.stages)} stages and {len(self.heads)} heads: one head per stage, at least one")
         self.restarts = restarts
         self.trained_on: frozenset[str] = frozenset()
+        self.fresh_heads = False
 
     @property
     def n_exits(self) -> int:

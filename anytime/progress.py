@@ -13,16 +13,20 @@ QUIET_S = 10.0  # without a terminal, at most one line in so many seconds
 
 
 class Bars:
-    """Shows steps by their name; a step that reaches its total is finished."""
+    """Shows the steps that are under way by their name; a step that reaches its total is finished, and said if it was long.
 
-    def __init__(self) -> None:
-        self._console = Console(file=sys.stderr)
+    ``quiet`` shows nothing. Colours and bars need a terminal (standard error), and NO_COLOR takes the colours away.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(file=sys.stderr, quiet=quiet)
+        self._lines = not quiet and not self._console.is_terminal
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=self._console, disable=not self._console.is_terminal, transient=False,
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=self._console, disable=quiet or self._lines,
         )  # fmt: skip
-        self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._tasks: dict[str, tuple[TaskID, float]] = {}  # step -> its bar and when it began
+        self._left: dict[str, str] = {}
         self._said = monotonic()
 
     def __enter__(self) -> Bars:
@@ -35,16 +39,26 @@ class Bars:
     def step(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` of the step ``what``."""
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
-            self._started[what] = monotonic()
-        self._bars.update(self._tasks[what], completed=done, total=total)
-        if not self._console.is_terminal and total > 1 and monotonic() - self._said > QUIET_S:
-            left = (monotonic() - self._started[what]) / max(done, 1) * (total - done)
-            print(f"{what}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
+            self._tasks[what] = self._bars.add_task(what, total=total), monotonic()
+        task, began = self._tasks[what]
+        self._bars.update(task, completed=done, total=total)
+        took = monotonic() - began
+        self._left[what] = f"{what}: {done} of {total}" + (f", {span(took / done * (total - done))} left" if done else "")
+        if self._lines and monotonic() - self._said > QUIET_S:
+            print("; ".join(self._left.values()), file=sys.stderr, flush=True)
             self._said = monotonic()
         if done >= total:
-            self._tasks.pop(what)
+            self._bars.remove_task(task)  # else the bars of a long run outgrow the screen
+            del self._tasks[what], self._left[what]
+            if took > QUIET_S:
+                self.log(f"{what}: {span(took)}")
 
     def log(self, line: str) -> None:
         """A line that stays."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def span(seconds: float) -> str:
+    """``seconds`` as people say it."""
+    unit, size = next(((unit, size) for unit, size in (("h", 3600), ("min", 60)) if seconds >= 2 * size), ("s", 1))
+    return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"

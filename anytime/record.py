@@ -114,6 +114,11 @@ def load(root: Path, exp: str | None = None) -> Loaded:
     return Loaded(records, troubles)
 
 
+def experiments(root: Path) -> list[str]:
+    """Names of the experiments that have records under ``root``."""
+    return sorted(folder.name for folder in root.glob("*") if any(folder.glob("*.json")))
+
+
 def read(path: Path) -> Record:
     """One record; CorruptFile says what is wrong with the file."""
     try:

@@ -1,106 +1,22 @@
-"""Rows -> Markdown, CSV, LaTeX, text and the files that hold them; torch is never needed."""
+"""Rows -> Markdown, CSV, LaTeX, text, and the files that hold them and the page; torch is never needed."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from anytime.decided import example
 from anytime.errors import UsageError, WriteError, near
-from anytime.metrics import METRICS
-from anytime.rows import NAN, Row, absent, listed
 from anytime.rows import rows as rows
 from anytime.styles import LATEX, MD, PLAIN, Style, md_table
+from anytime.tables import pivot as pivot
+from anytime.tables import pivots, provenance, sections, warnings, words
 
-FORMATS = ("md", "csv", "tex")
-_CELL = listed("status reason execution simulated noisy front accuracy latency_ms_p50 size_bytes loss loss_lo loss_hi loss_upper")
-_MEASURED = "latency_ms_mean latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_spread cpu_ms speedup speedup_over reason"
-_EXITS = listed(
-    "dataset network column execution policy board train_seeds accuracy static_loss macs static_macs bops macs_by_bits "
-    f"worst_layer params packed_bytes size_bytes agreement int8_macs_share {_MEASURED}"
-)
-_POLICIES = listed(
-    "dataset network column execution policy arm budget board train_seeds spent exit_shares accuracy loss static_loss macs "
-    f"static_macs exit_flips int8_macs_share same_exits {_MEASURED}"
-)
-_DECISIONS = listed(
-    "network column execution floor policy arm budget spent budget_violation exit_flips sides harm prediction_flips accuracy "
-    "gain regret recovered ece auroc"
-)
-_CURVES = listed("network column execution policy budget board accuracy_at_macs accuracy_at_bops accuracy_at_ms area")
-_MISSED = listed("dataset network column backend of policy arm budget board train_seeds status reason")
-_TITLES = {
-    "dataset": "data set",
-    "of": "asked for",
-    "accuracy": "accuracy (%) [95 %]",
-    "loss": "loss (points) [95 %], upper limit",
-    "static_loss": "loss to its static twin (points) [95 %], upper limit",
-    "static_macs": "MACs of its static twin's (%)",
-    "budget_violation": "budget violation (%) [95 %]",
-    "exit_flips": "exit flips (%) [95 %]",
-    "sides": "earlier + later (%)",
-    "harm": "harmful, helpful (%)",
-    "gain": "gain over the first policy (points) [95 %]",
-    "regret": "regret (points) [95 %]",
-    "accuracy_at_macs": "accuracy at equal MACs (%)",
-    "accuracy_at_bops": "at equal BOPs (%)",
-    "accuracy_at_ms": "at equal latency (%)",
-    "area": "area under the curve (%)",
-    "speedup_over": "over",
-    "bops": "BOPs (G)",
-    "macs": "MACs (M)",
-    "cpu_ms": "CPU (ms)",
-    "int8_macs_share": "MACs in INT8 (%)",
-    "macs_by_bits": "MACs by bits",
-    "worst_layer": "noisiest layer (SQNR)",
-}
-ARMS = ("kept", "temperature", "share-matched", "refitted")
-_SIDES, _HARMS = ("earlier", "later"), ("harmful", "helpful")
-MARKS = {
-    "†": "† scored with simulated arithmetic, never timed; its MB are its parameters at their true bit widths.",
-    "~": "~ measured while other work kept the machine busy.",
-}
-BOUND = "‡ a bound: it uses what no board can know."
-PAIRED = (
-    "Accuracy of the same network and exit in FP32 minus its accuracy here, paired over the test samples: points, two-sided 95 % "
-    "interval, then the upper one-sided 95 % limit, which is what a claim of being within x of FP32 has to stay under."
-)
-
-
-def pivot(rows: pd.DataFrame, board: str | None = None) -> pd.DataFrame:
-    """Networks and exits down, backends across: index (dataset, network, exit), columns (column, field).
-
-    Where a column was executed in several ways, the one that left the last exit soonest on ``board`` (default: the first) stands
-    for it, else a real one before a simulated one; field ``execution`` says which. A cell that was skipped has its status and
-    reason; one that is done but was not timed the reason for that. The size of a simulated network is its packed one.
-    """
-    board = next(iter(_boards(rows)), "") if board is None else board
-    said = defaultdict(list)
-    for row in _dicts(rows):
-        if row["of"] not in ("decide", "replay"):
-            said[row["dataset"], _network(row), row["column"]].append(row)
-    columns = list(dict.fromkeys(column for _, _, column in said))
-    index: list[tuple[str, str, str]] = []
-    cells: dict[tuple[str, str], list[Any]] = {pair: [] for pair in product(columns, _CELL)}
-    for dataset, network in dict.fromkeys((dataset, network) for dataset, network, _ in said):
-        chosen = {column: _stand_in(said.get((dataset, network, column), []), board) for column in columns}
-        for k in sorted({k for exits in chosen.values() for k in exits if k >= 0}) or [-1]:
-            index.append((dataset, network, f"exit {k + 1}" if k >= 0 else ""))
-            for column, exits in chosen.items():
-                cell = exits.get(k, exits.get(-1, {}))
-                for name in _CELL:
-                    cells[column, name].append(cell.get(name))
-    names = ["dataset", "network", "exit"]
-    return pd.DataFrame(cells, index=pd.MultiIndex.from_tuples(index, names=names) if index else None)
+FORMATS = ("md", "csv", "tex")  # written unless others are asked for; "html" is the page
 
 
 def show(rows: pd.DataFrame, fmt: str = "text") -> str:
@@ -112,7 +28,7 @@ def show(rows: pd.DataFrame, fmt: str = "text") -> str:
         # Counts whole, all else to 12 digits: the last ones differ between processors, and tables are compared byte by byte.
         return rows.to_csv(index=False, float_format=_digits, lineterminator="\n")
     if fmt == "text":
-        blocks = [*_pivots(rows, PLAIN), *_warnings(rows)]
+        blocks = [*_pivots(rows, PLAIN), *warnings(rows)]
     elif fmt == "tex":
         head = f"% {rows.attrs['exp']}: written by anytime.report; needs \\usepackage{{booktabs}}"
         blocks = [head, *_pivots(rows, LATEX)]
@@ -124,23 +40,29 @@ def show(rows: pd.DataFrame, fmt: str = "text") -> str:
 
 
 def write(records_root: Path, exp: str, out_root: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Write tables/<exp>.<format> and figures/<exp>*.svg under ``out_root``; the same records give the same bytes.
+    """Write tables/<exp>.<format>, pages/<exp>.html where "html" is asked for, and figures/<exp>*.svg under ``out_root``.
 
-    Raises UsageError for an unknown format or an experiment without records, WriteError when a file cannot be written.
+    The same records give the same bytes. Raises UsageError for an unknown format or an experiment without records, WriteError
+    when a file cannot be written.
     """
     from anytime import figures  # importing matplotlib takes longer than all tables
 
-    if unknown := [fmt for fmt in formats if fmt not in FORMATS]:
-        raise UsageError(f"there is no report format {unknown[0]!r}; {near(unknown[0], FORMATS)}")
+    if unknown := [fmt for fmt in formats if fmt not in (*FORMATS, "html")]:
+        raise UsageError(f"there is no report format {unknown[0]!r}; {near(unknown[0], (*FORMATS, 'html'))}")
     frame = rows(records_root, exp)
     pictures = {out_root / "figures" / f"{exp}{suffix}.svg": picture for suffix, picture in figures.pictures(frame).items()}
-    paths = [*(out_root / "tables" / f"{exp}.{fmt}" for fmt in formats), *pictures]
+    tables = [out_root / ("pages" if fmt == "html" else "tables") / f"{exp}.{fmt}" for fmt in formats]
+    paths = [*tables, *pictures]
     for path in paths:
         temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".svg":
                 figures.draw(frame, temporary, pictures[path])
+            elif path.suffix == ".html":
+                from anytime.page import page
+
+                temporary.write_text(page(frame, records_root, out_root, path.parent), encoding="utf-8")
             else:
                 temporary.write_text(show(frame, path.suffix[1:]), encoding="utf-8")
             temporary.replace(path)
@@ -155,231 +77,19 @@ def _digits(value: Any) -> str:
     return f"{value:.0f}" if value == round(value) else f"{value:.12g}"
 
 
-def _dicts(rows: pd.DataFrame) -> list[Row]:
-    return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
-
-
-def _boards(rows: pd.DataFrame) -> list[str]:
-    return [str(board) for board in rows["board"][rows["latency_ms_p50"].notna()].unique()]
-
-
-def _network(row: Row) -> str:
-    return f"{row['model']} ({row['variant']})" if row["variant"] else str(row["model"])
-
-
-def _stand_in(said: Sequence[Row], board: str) -> dict[int, Row]:
-    """The rows of one network and column -> those of the execution that stands for it, by exit; -1 where it was skipped."""
-    best: tuple[tuple[bool, bool, float], dict[int, Row]] = (True, True, NAN), {}
-    for backend in dict.fromkeys(row["backend"] for row in said):
-        own = [row for row in said if row["backend"] == backend]
-        why_not = next((r["reason"] for r in own if r["of"] == "measure" and r["status"] != "done" and r["board"] == board), "")
-        exits: dict[int, Row] = {}
-        for row in sorted((r for r in own if r["status"] == "done"), key=lambda r: r["board"] != board):
-            blank = {"latency_ms_p50": NAN, "reason": row["reason"] or why_not}
-            exits.setdefault(row["exit"], row if row["board"] == board else row | blank)
-        if exits:
-            final = exits[max(exits)]
-            ms = final["latency_ms_p50"]
-            if final["simulated"]:
-                exits = {k: row | {"size_bytes": final["packed_bytes"]} for k, row in exits.items()}
-            rank = (bool(final["simulated"]), absent(ms), 0.0 if absent(ms) else float(ms))
-        else:
-            exits = dict.fromkeys((-1,), next((row for row in own if row["of"] == "eval"), own[0]))
-            rank = (True, True, math.inf)
-        if exits and (not best[1] or rank < best[0]):
-            best = rank, exits
-    return best[1]
-
-
-def _say(name: str, value: Any) -> str:
-    if absent(value):
-        return "–"
-    metric = METRICS[name]
-    scale = {"%": 100, "points": 100, "M": 1e-6, "G": 1e-9, "MB": 1e-6}.get(metric.unit, 1)
-    return f"{value * scale:.{metric.digits}f}"
-
-
-def _value(name: str, row: Row, notes: list[str]) -> str:
-    """What a table says of a row under the heading ``name``."""
-    if name == "network":
-        return _network(row)
-    if name == "execution":
-        return f"{row[name]} †" if row["simulated"] else str(row[name])
-    if name == "policy" and row["bound"]:
-        return f"{row[name]} ‡"
-    if name == "sides":
-        return "" if absent(row["earlier_flips"]) else " + ".join(_say(f"{side}_flips", row[f"{side}_flips"]) for side in _SIDES)
-    if name == "harm":
-        return "" if absent(row["harmful_flips"]) else ", ".join(_say(f"{how}_flips", row[f"{how}_flips"]) for how in _HARMS)
-    if name in ("budget_violation", "exit_flips", "gain", "regret") and not absent(row[f"{name}_lo"]):
-        sign = "" if name == "exit_flips" else "+"
-        value, lo, hi = (f"{round(100 * row[name + limit], 2) + 0.0:{sign}.2f}" for limit in ("", "_lo", "_hi"))  # no -0.00
-        return f"{value} [{lo}, {hi}]"
-    if name == "reason":
-        return f"[{notes.index(row[name]) + 1}]" if row[name] else ""
-    if name == "budget":
-        unit = {"ms": " ms", "accuracy": " accuracy", "": ""}.get(row["currency"], f" × {row['currency']}")
-        return "" if absent(row[name]) else f"{row[name]:g}{unit}"
-    if name == "accuracy" and not absent(row[name]):
-        text = f"{_say(name, row[name])} [{_say('accuracy_lo', row['accuracy_lo'])}, {_say('accuracy_hi', row['accuracy_hi'])}]"
-        return f"**{text}**" if row["front"] else text
-    if name in ("loss", "static_loss") and not absent(row[name]):
-        value, lo, hi, upper = (f"{100 * row[name + limit]:+.2f}" for limit in ("", "_lo", "_hi", "_upper"))
-        return f"{value} [{lo}, {hi}], ≤ {upper}"
-    if name in METRICS:
-        mark = "~" if row["noisy"] and name.startswith("latency_ms_") and not absent(row[name]) else ""
-        return mark + _say(name, row[name])
-    return str(row[name])
-
-
-def _title(name: str) -> str:
-    if name in _TITLES:
-        return _TITLES[name]
-    words = name.replace("latency_ms_", "").replace("_ms", "").replace("_bytes", "").replace("_", " ")
-    unit = METRICS[name].unit if name in METRICS else ""
-    return f"{words} ({unit})" if unit else words
-
-
-def _table(said: Sequence[Row], names: Sequence[str], notes: list[str]) -> str:
-    """A Markdown table of those columns that say anything."""
-    columns = [(_title(name), [_value(name, row, notes) for row in said]) for name in names]
-    told = [(title, values) for title, values in columns if any(value not in ("", "–") for value in values)]
-    return md_table([title for title, _ in told], list(zip(*(values for _, values in told), strict=True))) if told else ""
-
-
-def _notes(rows: pd.DataFrame) -> list[str]:
-    return [str(reason) for reason in rows["reason"].unique() if reason]
-
-
-def _grid(table: pd.DataFrame, say: Callable[[Row, bool], str]) -> tuple[list[str], list[list[str]]]:
-    """A pivot -> header and rows of strings; ``say`` gets a cell and whether its column was executed in several ways."""
-    header, body = ["data set", "network", "exit"], [list(map(str, place)) for place in table.index]
-    for column in table.columns.get_level_values(0).unique():
-        cells = _dicts(table[[column]].droplevel(0, axis=1))
-        ran = {str(cell["execution"]) for cell in cells if cell["status"] == "done"}
-        header.append(f"{column} ({ran.pop()})" if len(ran) == 1 else str(column))
-        for line, cell in zip(body, cells, strict=True):
-            line.append(say(cell, len(ran) > 1) if isinstance(cell["status"], str) else "")
-    return header, body
-
-
-def _cell(cell: Row, mixed: bool, notes: list[str]) -> str:
-    mark = f" {_value('reason', cell, notes)}" if cell["reason"] else ""
-    if cell["status"] != "done":
-        return f"{cell['status']}{mark}"
-    text = " · ".join(
-        [_say("accuracy", cell["accuracy"]), *(_value(name, cell, []) for name in ("latency_ms_p50", "size_bytes"))]
-    )
-    text = f"**{text}**" if cell["front"] else text
-    return text + (" †" if cell["simulated"] else "") + (f" ({cell['execution']})" if mixed else "") + mark
-
-
-def _difference(cell: Row, mixed: bool) -> str:
-    text = _value("loss", cell, []) if cell["status"] == "done" else str(cell["status"])
-    return f"{text} †" if cell["simulated"] and text != "–" else text
-
-
 def _pivots(rows: pd.DataFrame, style: Style) -> Iterator[str]:
-    """For each board the pivot, and below it what must be said of its cells."""
-    notes = _notes(rows)
-    for board in _boards(rows) or ([""] if len(rows) else []):
-        header, body = _grid(pivot(rows, board), partial(_cell, notes=notes))
-        yield style.table(header, body)
-        where = f"median latency on {board} (ms)" if board else "latency (not timed)"
-        text = " ".join(cell for line in body for cell in line)
-        lines = [f"Each cell: accuracy (%) · {where} · size (MB). **Bold**: no cheaper row has an interval that reaches its own."]
-        lines += [said for mark, said in MARKS.items() if mark in text]
-        lines += [f"[{i}] {note}" for i, note in enumerate(notes, 1) if f"[{i}]" in text]
-        yield style.between.join(map(style.line, lines))
-
-
-def _warnings(rows: pd.DataFrame) -> Iterator[str]:
-    done = rows[rows["status"] == "done"]
-    n = min((seeds.count(",") + 1 for seeds in done["train_seeds"]), default=0)
-    if n == 0:
-        yield "No cell has finished yet."
-    elif n < 5:
-        yield f"n = {n} training seed{'s' if n > 1 else ''}, fewer than 5: not told from the luck of training."
-    if troubles := len(rows.attrs["troubles"]):
-        yield f"Unreadable files: {troubles}; the end of the Markdown table names them."
+    for section in pivots(rows):
+        yield style.table(section.header, section.body)
+        yield style.between.join(map(style.line, section.notes))
 
 
 def _markdown(rows: pd.DataFrame) -> list[str]:
-    said, notes = _dicts(rows), _notes(rows)
-    done = [row for row in said if row["status"] == "done"]
-    policies = [row for row in done if row["of"] in ("decide", "replay")]
-    exits = [row for row in done if row["of"] in ("eval", "measure")]
-    missed = [row for row in said if row["status"] != "done"]
-    blocks = [f"# {rows.attrs['exp']}", rows.attrs["question"], *_pivots(rows, MD), *_warnings(rows)]
-    if any(not absent(row["loss"]) for row in exits):
-        blocks += ["## Loss against FP32", PAIRED, md_table(*_grid(pivot(rows), _difference))]
-    if exits:
-        blocks += ["## Exits", _table(exits, _EXITS, notes)]
-    if policies:
-        shown = [row for row in policies if row["arm"] == "refitted" or absent(row["regret"])]  # what is left out, is told below
-        blocks += ["## Policies", _table(shown, _POLICIES, notes)]
-        blocks += [BOUND] if any(row["bound"] for row in policies) else []
-        blocks += _decisions(policies, notes) or _kept(policies)
-    if notes:
-        numbered = "  \n".join(f"[{i}] {note}" for i, note in enumerate(notes, 1))
-        blocks += ["## Skipped and failed", _table(missed, _MISSED, notes), numbered]
+    blocks = [f"# {rows.attrs['exp']}", rows.attrs["question"], *_pivots(rows, MD), *warnings(rows)]
+    for section in sections(rows):
+        blocks += [f"{'#' * section.level} {section.title}", section.lead]
+        blocks += [md_table(section.header, section.body) if section.header else "", MD.between.join(section.notes)]
     if rows.attrs["troubles"]:
         blocks += ["## Unreadable records", "\n".join(f"- {trouble}" for trouble in rows.attrs["troubles"])]
-    seeds = sorted({int(seed) for row in done for seed in row["train_seeds"].split(",")})
-    lines = [f"training seeds: {', '.join(map(str, seeds)) or 'none'}", *rows.attrs["provenance"]]
-    blocks += ["## Made with", "\n".join(f"- {line}" for line in lines)]
-    used = [name for name in METRICS if rows[name].notna().any()]
-    meanings = [[_title(name), METRICS[name].better or "–", METRICS[name].meaning] for name in used]
-    return [*blocks, "## Words", md_table(["column", "better", "meaning"], meanings)] if used else blocks
-
-
-def _decisions(policies: Sequence[Row], notes: list[str]) -> list[str]:
-    """A table per data set of what each arm decided and what it cost, and one of the curves."""
-    judged = [row for row in policies if not absent(row["regret"])]
-    once: dict[Any, Row] = {}
-    for row in judged:  # boards repeat what is decided
-        fitted_on = row["board"] if row["currency"] == "ms" else ""
-        once.setdefault((row["cell"], row["policy"], row["budget"], row["arm"], fitted_on), row)
-    blocks = ["## Decisions", *_side_by_side(list(once.values()))] if judged else []
-    for dataset in dict.fromkeys(row["dataset"] for row in judged):
-        blocks += [f"### {dataset}", _table([row for row in once.values() if row["dataset"] == dataset], _DECISIONS, notes)]
-    for dataset in dict.fromkeys(row["dataset"] for row in judged):
-        own = [row for row in judged if row["dataset"] == dataset and row["arm"] == "refitted"]
-        blocks += [f"### {dataset}: accuracy at equal cost", _table(own, _CURVES, notes)] if own else []
-    return blocks
-
-
-def _side_by_side(judged: Sequence[Row]) -> list[str]:
-    """The arms of the policy that stands for all, side by side: what a reader wants first."""
-    shown = example(list(dict.fromkeys(row["policy"] for row in judged if row["arm"] == "share-matched")))
-    lines: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
-    for row in judged:
-        if row["policy"] in shown and not row["reference"]:
-            who = tuple(_value(name, row, []) for name in ("dataset", "network", "column", "execution", "policy", "budget"))
-            lines[who][row["arm"]] = row
-    arms = [arm for arm in ARMS if any(arm in line for line in lines.values())]
-    asked = [("budget_violation", arm) for arm in arms] + [("regret", arm) for arm in arms]
-    asked += [("recovered", arm) for arm in arms if arm not in ("kept", "refitted")]
-    header = ["data set", "network", "column", "execution", "policy", "budget"]
-    header += [f"{_title(name).removesuffix(' [95 %]')} {arm}" for name, arm in asked]
-    body = [[*who, *(_say(name, line[arm][name]) if arm in line else "" for name, arm in asked)] for who, line in lines.items()]
-    return [md_table(header, body)] if body else []
-
-
-def _kept(policies: Sequence[Row]) -> list[str]:
-    """Thresholds kept from FP32 beside those fitted again after compression, where both were scored."""
-    pairs: dict[Any, dict[str, Row]] = defaultdict(dict)
-    for row in policies:
-        fitted_on = row["board"] if row["currency"] == "ms" else ""
-        pairs[row["cell"], row["policy"], row["budget"], row["currency"], fitted_on].setdefault(row["arm"], row)
-    body = []
-    for arms in pairs.values():
-        if {"kept", "refitted"} <= arms.keys() and not arms["kept"]["reference"]:
-            kept, refitted = arms["kept"], arms["refitted"]
-            who = [_value(name, kept, []) for name in ("dataset", "network", "column", "execution", "policy", "budget")]
-            gain = f"{100 * (refitted['accuracy'] - kept['accuracy']):+.2f}"
-            pair = [_say(name, row[name]) for name in ("accuracy", "spent", "exit_flips") for row in (kept, refitted)]
-            body.append([*who, *pair[:2], gain, *pair[2:]])
-    header = ["data set", "network", "column", "execution", "policy", "budget", "accuracy (%) kept", "refitted", "gain (points)"]
-    header += ["spent kept", "refitted", "exit flips (%) kept", "refitted"]
-    return ["## Kept and refitted thresholds", md_table(header, body)] if body else []
+    blocks += ["## Made with", "\n".join(f"- {line}" for line in provenance(rows))]
+    glossary = words(rows)
+    return [*blocks, f"## {glossary.title}", md_table(glossary.header, glossary.body)] if glossary else blocks

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from anytime import record
-from anytime.decided import first_policy, limits, over_seeds, reached, reading_ms, readings, recovered
+from anytime.decided import first_policy, limits, over_seeds, reached, reading_ms, readings, recovered, unjudged
 from anytime.errors import UsageError, near
 from anytime.gather import NAN as NAN
 from anytime.gather import Asked, Network, asked_of, gather, key_of, noisy, order, train_seed_of
@@ -36,19 +36,25 @@ COLUMNS = listed(
     "same_answers macs_by_bits worst_layer front simulated noisy reference of seed variant cell exclusions "
     "brier auroc overthinking nll_reached brier_reached ece_reached auroc_reached budget_violation budget_violation_lo "
     "budget_violation_hi exit_flips_lo exit_flips_hi earlier_flips later_flips harmful_flips helpful_flips prediction_flips "
-    "regret regret_lo regret_hi recovered area accuracy_at_macs accuracy_at_bops accuracy_at_ms gain gain_lo gain_hi bound floor"
+    "regret regret_lo regret_hi recovered area accuracy_at_macs accuracy_at_bops accuracy_at_ms gain gain_lo gain_hi bound floor "
+    "max_error max_error_share answers input_shape energy_mj "
+    "board_accuracy board_agreement"
 )
 _WORDS = listed(
     "exp model dataset backend execution policy arm board train_seeds speedup_over status reason column currency exit_shares of "
-    "macs_by_bits worst_layer variant cell exclusions floor nll_reached brier_reached ece_reached auroc_reached"
+    "macs_by_bits worst_layer variant cell exclusions floor input_shape nll_reached brier_reached ece_reached auroc_reached"
 )
 _WHOLE = listed("n exit n_sessions n_timed seed")
 _TRUTH = listed("front simulated noisy reference bound")
 _SCORED = listed(
     "macs bops params packed_bytes activation_bytes own_macs agreement int8_macs_share ece nll brier auroc overthinking spent "
-    "spent_val budget_violation exit_flips earlier_flips later_flips harmful_flips helpful_flips prediction_flips regret area"
+    "spent_val budget_violation exit_flips earlier_flips later_flips harmful_flips helpful_flips prediction_flips regret area "
+    "max_error max_error_share answers"
 )
-_TIMED = listed("latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_mean cpu_ms own_latency_ms_p50 same_exits same_answers")
+_TIMED = listed(
+    "latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_mean cpu_ms energy_mj own_latency_ms_p50 same_exits same_answers "
+    "board_accuracy board_agreement"
+)
 _FLEETING = ("noisy", "pressure", "waiting", "stopwatch", "load", "mhz", "interleaved")  # facts of a minute, not of a board
 
 
@@ -83,7 +89,7 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
         raise UsageError(f"experiment {exp!r} has no records in {records_root}; {names}; or run it first")
     troubles = list(loaded.troubles)
     networks = gather(loaded.records, troubles)
-    fold = _Fold(networks, troubles)
+    fold = Fold(networks, troubles)
     said = [row for network in networks for row in fold.rows_of(network)]
     mark_front(said)
     blank = {"exp": exp} | dict.fromkeys(_WORDS[1:], "") | dict.fromkeys(_TRUTH, False)
@@ -93,7 +99,7 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
     # Where the checkout lies is no part of a table that is committed.
     told = sorted({trouble.replace(f"{records_root}{os.sep}", "") for trouble in troubles})
     question = next((str(n.facts["question"]) for n in networks if "question" in n.facts), "")
-    frame.attrs = {"exp": exp, "question": question, "troubles": told, "provenance": _provenance(networks)}
+    frame.attrs = {"exp": exp, "question": question, "troubles": told, "provenance": provenance(networks)}
     return frame
 
 
@@ -121,7 +127,7 @@ def mark_front(rows: Sequence[Row]) -> None:
             )
 
 
-class _Fold:
+class Fold:
     """Networks -> rows: looks up what is seen only across networks, the references and the denominators of speed-ups."""
 
     def __init__(self, networks: Sequence[Network], troubles: list[str]) -> None:
@@ -155,12 +161,12 @@ class _Fold:
             if asked.exit is None:
                 row |= self._decided(network, asked, row)
             scored, timed = ("decide", "replay") if asked.exit is None else ("eval", "measure")
-            row["reason"] = "" if points else f"the {scored} record is missing"
+            row["reason"] = network.facts.get("unjudged", "") if points else f"the {scored} record is missing"
             for board in sorted(boards) or [asked.fitted_on]:
                 times = boards.get(board, [])
                 place = {"board": board, "of": timed if times else scored}
                 at_ms = self._at_ms(network, asked, board) if asked.exit is None else {}
-                yield row | _times(times) | place | self._speedup(network, board, times) | at_ms
+                yield row | _times(times) | place | self._speedup(network, board, times) | at_ms | unjudged(network)
         missed = defaultdict(set)
         for r in network.missed:
             missed[r.kind, r.of, r.board, " ".join(r.reason.split()), asked_of(r, r.facts)].add(train_seed_of(r))
@@ -180,7 +186,7 @@ class _Fold:
         if base is None:
             return {}
         _, theirs, name = base
-        above, below = _ms_by_session(theirs), _ms_by_session(ours)
+        above, below = ms_by_session(theirs), ms_by_session(ours)
         shared = sorted(above.keys() & below.keys() - {""}) or [""]
         ratio = _mean(above[session] / below[session] for session in shared if below[session])
         return {} if absent(ratio) else {"speedup": ratio, "speedup_over": name}
@@ -248,13 +254,13 @@ class _Fold:
         """Loss and its limits, seed by seed, then averaged."""
         losses = []
         for seed in sorted(network.files):
-            theirs, ours = self._right(reference, against, seed), self._right(network, asked, seed)
+            theirs, ours = self.right(reference, against, seed), self.right(network, asked, seed)
             if theirs is not None and ours is not None and len(theirs) == len(ours):
                 losses.append(paired_loss(theirs, ours))
         means = map(statistics.fmean, zip(*losses, strict=True))
         return dict(zip((name, *(f"{name}_{limit}" for limit in ("lo", "hi", "upper"))), means, strict=True)) if losses else {}
 
-    def _right(self, network: Network, asked: Asked, seed: int) -> Bools | None:
+    def right(self, network: Network, asked: Asked, seed: int) -> Bools | None:
         """Whether it answers right, sample by sample [N]; None where that cannot be known."""
         point = network.scores.get(asked, {}).get(seed)
         right = self._read(network.files[seed]) if seed in network.files else None
@@ -264,8 +270,8 @@ class _Fold:
             if asked.exit is not None:
                 return np.asarray(right[asked.exit])
             if "right" in point:  # it answers more than the class of the exit taken
-                return np.unpackbits(_unpacked(point["right"]), count=right.shape[1]).astype(bool)
-            exits = _unpacked(point.get("taken", ""))
+                return np.unpackbits(unpacked(point["right"]), count=right.shape[1]).astype(bool)
+            exits = unpacked(point.get("taken", ""))
             answered = np.asarray(right[exits, np.arange(right.shape[1])])
         except (ValueError, IndexError, zlib.error):
             self.troubles.append(
@@ -287,13 +293,15 @@ class _Fold:
         return self.answers[path]
 
 
-def _unpacked(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def unpacked(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Small integers as decide records hold them; ValueError or zlib.error where they are torn."""
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
 
 
 def _whole(network: Network, asked: Asked) -> Row:
     """What belongs to all of it together; of a policy's network that is more than of an exit's."""
     row: Row = {"size_bytes": network.facts.get("size_bytes"), "exclusions": (network.facts.get("net") or {}).get("exclusions")}
+    row["input_shape"] = "x".join(map(str, network.facts.get("input_shape", ())))
     exits = [_score(list(points.values())) for a, points in sorted(network.scores.items(), key=order) if a.exit is not None]
     if asked.exit is None and exits:
         row |= {name: exits[-1][name] for name in ("params", "packed_bytes", "activation_bytes")}
@@ -355,6 +363,8 @@ def _times(points: Sequence[Row]) -> Row:
         if not absent(p.get("latency_ms_p50")):
             sessions[p["session"] or i].append(float(p["latency_ms_p50"]))
     p50s = [statistics.median(values) for values in sessions.values()]
+    if ran := [float(p["int8_macs_share"]) for p in points if not absent(p.get("int8_macs_share"))]:
+        row["int8_macs_share"] = statistics.median(ran)  # by an engine that only the board has
     row |= {"latency_ms_spread": max(p50s) - min(p50s) if len(p50s) > 1 else NAN, "noisy": any(p["noisy"] for p in points)}
     return row | {
         "n_sessions": len({p["session"] or i for i, p in enumerate(points)}),
@@ -366,13 +376,13 @@ def _mean_ms(row: Row) -> float:
     return next((float(row[name]) for name in ("latency_ms_mean", "latency_ms_p50") if not absent(row.get(name))), NAN)
 
 
-def _ms_by_session(points: Sequence[Row]) -> dict[str, float]:
+def ms_by_session(points: Sequence[Row]) -> dict[str, float]:
     """Session -> mean latency in it; "" -> that of all."""
     sessions = {p["session"] for p in points} | {""}
     return {session: _mean_ms(_times([p for p in points if session in ("", p["session"])])) for session in sessions}
 
 
-def _provenance(networks: Sequence[Network]) -> list[str]:
+def provenance(networks: Sequence[Network]) -> list[str]:
     """Lines that say what the numbers were made with."""
     told: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     timed = []

@@ -22,11 +22,22 @@ from anytime.board import Board, Replayed, Timing
 from anytime.config import Cell, Experiment, Suite
 from anytime.dataset import DatasetSpec
 from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unreachable, Unsupported, UsageError, WriteError
-from anytime.facts import Fact, facts_of, state
+from anytime.facts import Fact, facts_of, reference_cell, state
 from anytime.metrics import Floats, Predictions
 from anytime.policy import Policy
 from anytime.record import Kind, Record, append, load, newest
-from anytime.scoring import compact, eval_rows, layer_rows, percentiles, ptflops_macs, size_bytes, timing_rows
+from anytime.scoring import (
+    answered_rows,
+    compact,
+    eval_rows,
+    executed_rows,
+    layer_rows,
+    percentiles,
+    ptflops_macs,
+    size_bytes,
+    timing_rows,
+    unjudged,
+)
 from anytime.spec import key, plain
 from anytime.train import Progress, silent, write_atomically
 from anytime.workshop import Workshop
@@ -53,6 +64,7 @@ class Runner:
         self.said: set[str] = set()
         self.unreadable: dict[DatasetSpec, DataError] = {}
         self.session = uuid4().hex[:8]  # measurements of one run, between which a ratio is fair
+        self.n_done, self.n_todo = 0, 0
 
     def _records(self) -> dict[str, tuple[Record, Path]]:
         loaded = load(self.root, self.exp.name)
@@ -77,14 +89,16 @@ class Runner:
             self.shop.drop(cell)
 
     def run(self, jobs: int = 1) -> None:
-        """Everything that is missing: first what networks predict and policies decide, then what boards measure.
+        """Everything that is missing, suite by suite: first what networks predict and policies decide, then what boards measure.
 
-        A data set that cannot be read stops its own suite; the others are run, then its DataError is raised.
+        A data set that cannot be read stops its own suites; the others are run, then its DataError is raised.
         """
         todo = self.todo()
         if todo:
             write_atomically(self.root / self.exp.name / "writable", b"")  # better now than after an hour
             (self.root / self.exp.name / "writable").unlink()
+            self.n_done, self.n_todo = 0, len(todo)
+            self._count(0)
         predicting = [f for f in todo if f.of == "eval" or (f.of == "decide" and self.exp.currency != "ms")]
         groups: dict[str, list[Fact]] = defaultdict(list)
         for fact in predicting:
@@ -93,12 +107,11 @@ class Runner:
                 groups[key((c.data, c.model, c.train_seed, c.seed))].append(fact)
         if jobs > 1 and len(groups) > 1:
             self._in_parallel(list(groups.values()), jobs)
-        else:
-            for facts in groups.values():
-                self._of_readable(facts[0].cell.data, lambda facts=facts: self.predict_and_decide(facts))  # type: ignore[misc]
+            groups.clear()
         for suite in self.exp.suites:
             again = [f for f in predicting if f.arm == "retrained" and f.suite == suite]
-            self._of_readable(suite.data, lambda again=again: self.predict_and_decide(again))  # type: ignore[misc]
+            for facts in (*(facts for facts in groups.values() if facts[0].suite == suite), again):
+                self._of_readable(suite.data, lambda facts=facts: self.predict_and_decide(facts))  # type: ignore[misc]
             for board in self.exp.boards if suite.data not in self.unreadable else ():
                 mine = [f for f in todo if f.suite == suite and f.board == board]
                 self._measure(suite, board, [f for f in mine if f.of == "measure"])
@@ -108,8 +121,16 @@ class Runner:
                 self._replay(board, [f for f in mine if f.of == "replay"])
             self.shop.forget()
             self.decider.forget()
+        if todo:
+            self.progress(self.exp.name, self.n_todo, self.n_todo)
         for error in self.unreadable.values():
             raise error
+
+    def _count(self, n: int) -> None:
+        """Say that ``n`` facts more are there; the last one is said by ``run``, for some share the fate of others."""
+        self.n_done = min(self.n_done + n, self.n_todo - 1)
+        if self.n_todo:
+            self.progress(self.exp.name, self.n_done, self.n_todo)
 
     def _of_readable(self, data: DatasetSpec, work: Callable[[], Any]) -> None:
         if data not in self.unreadable:
@@ -131,6 +152,7 @@ class Runner:
             futures = {pool.submit(_group, self.exp, self.results, facts, threads, self.debug): facts for facts in groups}
             for done in as_completed(futures):
                 self._of_readable(futures[done][0].cell.data, lambda done=done: self._say_all(done.result()))  # type: ignore[misc]
+                self._count(len(futures[done]))
         self.known = self._records()
 
     def _say_all(self, lines: Sequence[str]) -> None:
@@ -165,13 +187,18 @@ class Runner:
         net, cost, plain_net = self.shop.net(cell), self.shop.cost(cell), cell.model.build(parts.input_shape, parts.n_classes)
         agreement = self.shop.agreement(cell, test.logits)
         executed = net.executed(parts.test.x[:1].numpy())
+        there = reference_cell(cell, self.exp.reference_backend)
+        drawn = plain_net.fresh_heads and not cell.recipe.epochs
+        known = there != cell and key(("eval", there)) in self.known and self.known[key(("eval", there))][0].kind == "eval"
+        reference = self.shop.predictions(there)["test"] if known else None
         facts = {
+            "unjudged": unjudged(frozenset() if drawn else net.twin.trained_on, cell.data.labelled), "input_shape": list(parts.input_shape),
             "execution": net.execution, "simulated": net.simulated, "size_bytes": size_bytes(net), "net": net.facts,
             "trained_on": sorted(net.twin.trained_on), "ptflops_macs": ptflops_macs(plain_net, parts.input_shape),
             "wall_s": {**self.shop.wall_s.get(key(cell), {}), "all": perf_counter() - started},
         }  # fmt: skip
         rows: dict[str, Any] = {
-            "exits": eval_rows(test, cost, agreement, executed),
+            "exits": eval_rows(test, cost, agreement, executed, reference),
             "layers": layer_rows(cost, executed, net.sqnr),
         }
         self._write(fact, "eval", **rows, facts=facts, attachments={".npz": compact(test)})
@@ -193,16 +220,26 @@ class Runner:
             return
         x = self._samples(ready[0].cell, self.exp.time_samples)
 
-        def measure(facts: list[Fact]) -> list[Timing]:
-            self.progress(f"measure {len(facts)} networks on {board.name}", 0, 1)
-            timings = board.time([self.shop.net(f.cell) for f in facts], x)
-            self.progress(f"measure {len(facts)} networks on {board.name}", 1, 1)
-            return timings
+        parts = self.shop.data(ready[0].cell.data, ready[0].cell.seed)
 
-        for fact, timing in self._together(ready, measure):
+        def measure(facts: list[Fact]) -> list[tuple[Timing, dict[str, Floats] | None]]:
+            nets = [self.shop.net(f.cell) for f in facts]
+            self.progress(f"measure {len(facts)} networks on {board.name}", 0, 1)
+            timings = board.time(nets, x)
+            answers = board.answers(nets, {"val": parts.val.x.numpy(), "test": parts.test.x.numpy()})
+            self.progress(f"measure {len(facts)} networks on {board.name}", 1, 1)
+            return list(zip(timings, answers, strict=True))
+
+        for fact, (timing, said) in self._together(ready, measure):
             self.shop.keep_timing(fact.name, timing)
             facts_said = {"device": timing.facts, "launches": timing.launches, "session": self.session}
-            self._write(fact, "measure", exits=timing_rows(timing), facts=facts_said)
+            ran = executed_rows(timing, self.decider.cost(fact.cell))
+            rows = [row | more for row, more in zip(timing_rows(timing), ran, strict=True)]
+            if said is not None:
+                self.shop.keep_answers(fact.name, said)
+                scored = answered_rows(said["test"], self.shop.predictions(fact.cell)["test"])
+                rows = [row | more for row, more in zip(rows, scored, strict=True)]
+            self._write(fact, "measure", exits=rows, layers=list(timing.layers), facts=facts_said)
 
     def _together(self, facts: list[Fact], work: Callable[[list[Fact]], list[T]]) -> Iterator[tuple[Fact, T]]:
         """Work on all at once, so that they are compared within one session; if that breaks, one by one: only the culprit fails."""
@@ -212,7 +249,7 @@ class Runner:
             return self.log(f"{error} It stays to do.")
         except AnytimeError as error:
             if len(facts) == 1:
-                return self._write(facts[0], "fail", reason=str(error))
+                return self._write(facts[0], "skip" if isinstance(error, Unsupported) else "fail", reason=str(error))
             self.log(f"together: {error} Now one by one.")
             for fact in facts:
                 yield from self._together([fact], work)
@@ -249,7 +286,8 @@ class Runner:
 
         for fact, ran in self._together(ready, execute):
             policy = policies[fact.name]
-            test = self.shop.predictions(fact.cell)["test"]
+            where = replace(fact, board=fact.board if self.exp.currency == "ms" else None)
+            test = self.decider.said(where, fact.cell)["test"]
             offline = Predictions(test.logits[:, : len(x)], test.labels[: len(x)], "test")
             exits = policy.exits(offline.logits)
             answers = policy.answer(offline.logits, exits).argmax(-1)
@@ -283,6 +321,7 @@ class Runner:
             "model": cell.model.label, "dataset": cell.data.label, "backend": cell.backend.label, "column": cell.backend.column,
             "position": fact.position, "reference": cell.backend == self.exp.reference_backend,
             "own_exits": cell.backend.own_exits, "question": self.exp.question,
+            "suite": [s for s in self.exp.suites if s.data == cell.data].index(fact.suite),
             "versions": machine.versions(), "git": machine.commit(), "device": machine.facts(),
         }  # fmt: skip
         if kind in ("skip", "fail") and fact.policy is not None:
@@ -293,6 +332,7 @@ class Runner:
         )  # fmt: skip
         path = append(record, self.root, attachments)
         self.known[fact.name] = (record, path)
+        self._count(1)
         if kind in ("skip", "fail"):
             where = f" on {fact.board.name}" if fact.board else ""
             line = f"{kind}: {cell.model.label}, {cell.backend.label}{where}, {fact.of}: {reason}"

@@ -21,8 +21,15 @@ from anytime.metrics import Floats, Predictions, correct
 from anytime.record import Record
 
 
-def eval_rows(test: Predictions, cost: Cost, agreement: Floats, executed: dict[str, str] | None) -> list[dict[str, Any]]:
-    """One row per exit: what it scores, and what leaving there costs with every head on the way run."""
+def eval_rows(
+    test: Predictions, cost: Cost, agreement: Floats, executed: dict[str, str] | None, reference: Predictions | None = None
+) -> list[dict[str, Any]]:
+    """One row per exit: what it scores, and what leaving there costs with every head on the way run.
+
+    ``reference`` is what the same network says in FP32; with other exits than these there is nothing to compare.
+    """
+    if reference is not None and reference.logits.shape != test.logits.shape:
+        reference = None
     right, int8 = correct(test), only_int8(cost, executed).every("macs") if executed else None
     every = {what: cost.every(what) for what in ("macs", "bops", "params", "packed_bytes")}
     over = overthinking(right)
@@ -38,9 +45,30 @@ def eval_rows(test: Predictions, cost: Cost, agreement: Floats, executed: dict[s
                 "own_macs": cost.path((k,), k), "stage_macs": float(cost.stage.macs[k]), "head_macs": float(cost.head.macs[k]),
                 "agreement": float(agreement[k]),
                 "int8_macs_share": None if int8 is None else float(int8[k] / every["macs"][k]),
+                "answers": len(np.unique(test.logits[k].argmax(-1))),
+                **({} if reference is None else fidelity(test.logits[k], reference.logits[k])),
             }
         )  # fmt: skip
     return rows
+
+
+def fidelity(logits: Floats, reference: Floats) -> dict[str, float]:
+    """How far logits [N, K] are from the reference's: the largest difference, also as a share of the reference's range, and the
+    share of samples on which they say another class.
+
+    Source: torch2trt's table of conversions (its "Max Error"); the share and the range are this project's.
+    """
+    error = float(np.abs(logits.astype(np.float64) - reference).max())
+    width = float(reference.max()) - float(reference.min())
+    flips = float((logits.argmax(-1) != reference.argmax(-1)).mean())
+    return {"max_error": error, "prediction_flips": flips} | ({"max_error_share": error / width} if width else {})
+
+
+def unjudged(trained_on: frozenset[str], labelled: bool) -> str:
+    """Why the labels say nothing about a network; empty where they do."""
+    if not trained_on:
+        return "latency and fidelity only: weights of it were drawn and never trained, so no accuracy is shown"
+    return "" if labelled else "latency and fidelity only: the labels of its images are not its classes, so no accuracy is shown"
 
 
 def recorded_cost(evaluated: Record, restarts: bool) -> Cost:
@@ -126,18 +154,37 @@ def percentiles(ms: Floats) -> dict[str, float | None]:
 
 
 def timing_rows(timing: Timing) -> list[dict[str, Any]]:
-    """One row per exit: the times to leave there with every head on the way run, and those of its own link."""
+    """One row per exit: the times to leave there with every head on the way run, and those of its own link; what it takes of energy."""
     rows = []
     for k in range(len(timing.stage_ms)):
-        whole = timing.to_exit(k)
+        whole, spent = timing.to_exit(k), float(timing.to_exit(k, cpu=True).mean())
         rows.append(
             {
                 "exit": k, "n": len(whole), **percentiles(whole), "latency_ms_mean": float(whole.mean()),
-                "cpu_ms": float(timing.to_exit(k, cpu=True).mean()), "stage_ms_p50": float(np.median(timing.stage_ms[k])),
+                "cpu_ms": spent if np.isfinite(spent) else None, "stage_ms_p50": float(np.median(timing.stage_ms[k])),
                 "head_ms_p50": float(np.median(timing.head_ms[k])), "own_latency_ms_p50": float(np.median(timing.to_exit(k, (k,)))),
+                **({"energy_mj": timing.energy_mj[k]} if timing.energy_mj else {}),
             }
         )  # fmt: skip
     return rows
+
+
+def executed_rows(timing: Timing, cost: Cost) -> list[dict[str, float]]:
+    """Per exit, the share of its MACs that the board's engine says to have run in 8-bit kernels; nothing where it says nothing."""
+    executed = {layer: row["executed"] for row in timing.layers for layer in row["layers"] if row["executed"]}
+    if not executed:
+        return [{} for _ in timing.stage_ms]
+    shares = only_int8(cost, executed).every("macs") / cost.every("macs")
+    return [{"int8_macs_share": float(share)} for share in shares]
+
+
+def answered_rows(said: Floats, test: Predictions) -> list[dict[str, float]]:
+    """Per exit, what logits [E, N, K] of a board's own engine score, and on how many samples they say the class that was scored here."""
+    classes, here = said.argmax(-1), test.logits.argmax(-1)
+    return [
+        {"board_accuracy": float((mine == test.labels).mean()), "board_agreement": float((mine == other).mean())}
+        for mine, other in zip(classes, here, strict=True)
+    ]
 
 
 def ptflops_macs(net: nn.Module, shape: tuple[int, ...]) -> dict[str, float] | str:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from anytime.backend import BitMap, Bits, Deployable, Segment
-from anytime.keras_chain import tensorflow
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel
+from anytime.tf import tensorflow
 
 MULTIPLIERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 SAME_GRID = 1e-5  # two scales that differ by less, relatively, are one

@@ -24,6 +24,7 @@ from anytime.dataset import Data, DatasetSpec, Part
 from anytime.metrics import Floats, Predictions
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.models.static import Static
+from anytime.quant.bias import reestimate_bn
 from anytime.spec import key
 from anytime.train import Progress, Recipe, Trainer, silent, write_atomically
 
@@ -53,12 +54,18 @@ class Workshop:
     def trained(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> AnytimeModel:
         """The float network of a cell, from the cache or trained now.
 
+        Without epochs nothing is trained: weights that were not published are as they were drawn, and then BatchNorm alone is
+        measured, on train, so that activations are of the size that they have behind a training.
         With ``recipe.start`` "static" every network of a suite begins from the same weights: those of the network
         without exits, trained by the recipe from scratch; so the static twin too is trained twice as long.
         """
         net = self._built(data, model, train_seed, seed)
-        if net.trained_on:
+        if net.trained_on and not net.fresh_heads:
             return net.eval()  # published weights are taken as they are
+        if not recipe.epochs:
+            if not net.trained_on:
+                reestimate_bn(net, self.data(data, seed).train.x, batch=32)
+            return net.eval()
         trainer = self.trainer(data, model, recipe, train_seed, seed)
         if recipe.start == "static" and not trainer.finished():  # else nobody needs what it began from
             trunk = _trunk(model)
@@ -126,7 +133,8 @@ class Workshop:
             for i, name in enumerate(PREDICTED):
                 self.progress(f"predict {name} with {cell.model.label} {cell.backend.label}", i, len(PREDICTED))
                 if name not in there:
-                    held[name] = net.predict(getattr(parts, name).x.numpy())
+                    x = getattr(parts, name).x.numpy()
+                    held[name] = net.predict(x) if len(x) else np.empty((net.n_exits, 0, parts.n_classes), np.float32)
             there = list(PREDICTED)
             held["content"] = np.array([digests[name] for name in PREDICTED])
             self.wall_s.setdefault(key(cell), {})["predict"] = perf_counter() - t0
@@ -163,6 +171,14 @@ class Workshop:
         if held is None:
             return None
         return Timing(held["stage_ms"], held["head_ms"], held["stage_cpu_ms"], held["head_cpu_ms"], int(held["launches"]), {})
+
+    def keep_answers(self, fact: str, logits: dict[str, Floats]) -> None:
+        """Keep what a board's own engine answered when ``fact`` was measured: part -> logits [E, N, K]."""
+        _write_arrays(self.cache / "answers" / f"{fact}.npz", dict(logits))
+
+    def answers(self, fact: str) -> dict[str, Floats]:
+        """What was kept of them; empty where this machine's answers stand for the board's."""
+        return dict(_read_arrays(self.cache / "answers" / f"{fact}.npz") or {})
 
     def drop(self, cell: Cell) -> None:
         """Forget what the cache holds of a cell, so that it is made again."""

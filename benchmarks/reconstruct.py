@@ -44,6 +44,7 @@ from anytime.models.sdn import SDN
 from anytime.quant import reconstruct
 from anytime.quant.graph import Widths, quantized
 from anytime.quant.trace import traced
+from anytime.quant.units import partition
 
 ZOO = Path(__file__).parent.parent / "results" / "zoo"
 NETWORKS: dict[str, ModelSpec] = {"sdn": SDN("resnet20"), "alexnet": BAlexNet()}
@@ -83,12 +84,9 @@ def judged(data: Data) -> tuple[torch.Tensor, Ints]:
     return torch.cat([data.tune.x, data.val.x]), torch.cat([data.tune.y, data.val.y]).numpy()
 
 
-partition = reconstruct.partition
-
-
-def at_once(net, model, how):  # type: ignore[no-untyped-def]
+def at_once(net, model, unit, with_exits):  # type: ignore[no-untyped-def]
     """``partition``, but a head that a block feeds is part of its unit, rounded and learning."""
-    entry, stages = partition(net, model, how)
+    entry, stages = partition(net, model, unit, with_exits)
     joined = []
     for stage in stages:
         fed = next(u for u in stage.units if u.head)

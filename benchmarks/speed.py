@@ -38,7 +38,7 @@ from anytime.backends.ort_quantizer import OrtQuantizer
 from anytime.backends.ptq import PTQ
 from anytime.backends.torch_compile import TorchCompile
 from anytime.board import Replayed
-from anytime.boards.host import Host, _Replay
+from anytime.boards.host import Host
 from anytime.cost import Cost, account
 from anytime.dataset import Data, DatasetSpec, Part
 from anytime.datasets.cifar import CIFAR10
@@ -57,6 +57,7 @@ from anytime.policies.fixed import Fixed
 from anytime.policies.reading import Reading
 from anytime.policy import PathCost, Policy
 from anytime.quant.trace import traced
+from anytime.stopwatch import _Replay
 from anytime.train import Recipe, Trainer, load_weights
 
 ZOO = Path(__file__).resolve().parent.parent / "results" / "zoo"

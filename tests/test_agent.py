@@ -9,13 +9,16 @@ import sys
 import time
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
-from anytime.boards import ssh
-from anytime.boards.ssh import Ssh, _Job, _links
+from anytime import stops
+from anytime.boards.ssh import Ssh
+from anytime.boards.ssh.job import AGENT, FILES, MACHINE, Job, links, on_board
+from anytime.boards.ssh.said import said_of
 from anytime.errors import AnytimeError
 from anytime.onnx_net import OnnxNet, written
 from anytime.policies.confidence import Entropy, MaxProb
@@ -66,20 +69,24 @@ def python_of(version):
 class Bench:
     """A job in a folder here, and the agent that runs it."""
 
-    def __init__(self, **fields):
-        self.board = Ssh("bench", **{"launches": 1, "warmup": 1, **fields})
-        self.job = _Job(self.board)
+    def __init__(self, state=None, **fields):
+        what = {"provider": "CPUExecutionProvider", "threads": 1, "warmup": 1, **fields}
+        self.job = Job("bench", state or {}, what)
 
     def run(self, python=sys.executable, **env):
-        self.job.seal(self.board)
+        self.job.seal()
+        self.agent(python, **env)
+        self.job.results = self.job.folder / "results"
+        return self
+
+    def agent(self, python=sys.executable, **env):
         done = subprocess.run(
             [python, "-B", "agent.py", "run"], cwd=self.job.folder, env={**os.environ, **env}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        return self
 
     def piece(self, name):
-        return ssh._read_piece("bench", self.job.folder / "results" / f"{name}.npz", self.job.id)
+        return self.job.piece(name)
 
     def error(self, name):
         return (self.job.folder / "results" / f"{name}.error").read_text()
@@ -115,17 +122,22 @@ def output_step(kind):
 
 
 def test_it_is_python_3_6():
-    for file in (ssh.AGENT, Path(ssh.stops.__file__)):
-        ast.parse(file.read_text(), feature_version=(3, 6))
     newer = "capture_output", "text=True", "perf_counter_ns", "process_time_ns", "removeprefix", "dataclass", "from __future__"
-    assert not [word for word in newer if word in ssh.AGENT.read_text()]
+    for file in FILES:
+        ast.parse(file.read_text(), feature_version=(3, 6))
+        assert not [word for word in newer if word in file.read_text()]
 
 
 def test_it_imports_nothing_but_the_standard_library_numpy_and_an_engine():
-    tree = ast.parse(ssh.AGENT.read_text())
-    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"numpy", "stops", "onnxruntime"}
+    imported = {"__init__": set()}
+    for file in FILES:
+        tree = ast.parse(file.read_text())
+        imported[file.stem] = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        imported[file.stem] |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert {p.stem for p in AGENT.glob("*.py")} | {"stops"} == set(imported)
+    everything = set().union(*imported.values())
+    assert everything - sys.stdlib_module_names - set(imported) == {"numpy", "onnxruntime", "tensorrt"}
+    assert not imported["machine"] - sys.stdlib_module_names  # handed over alone, through a pipe
 
 
 @pytest.mark.parametrize("version", [*BOARDS, "this"])
@@ -133,7 +145,7 @@ def test_every_board_gives_the_answers_of_this_machine(bench, version):
     python = sys.executable if version == "this" else python_of(version)
     for kind in ("fp32", "int8", "restarting"):
         add_predict(bench, kind)
-    asked = [{"folder": bench.job.net(net("int8"), _links(net("int8")))}]
+    asked = [{"folder": bench.job.net(net("int8"), links(net("int8")))}]
     bench.job.task("time-0", kind="time", nets=asked, x="test.npy")
     bench.run(python)
     for kind in ("fp32", "int8", "restarting"):
@@ -156,10 +168,10 @@ def test_a_policy_ends_where_it_ends_offline(bench, kind, policy):
     if policy is Patience:
         fitted = Patience(patience=1)
     else:
-        score = ssh.stops.max_probability if policy is MaxProb else ssh.stops.entropy
+        score = stops.max_probability if policy is MaxProb else stops.entropy
         fitted = policy(thresholds=tuple(float(np.median(score(z))) for z in logits[:-1]))
     fitted = fitted.tempered([1.5] * len(logits))
-    said = ssh._on_board(net(kind), fitted, x(40))
+    said = on_board(net(kind), fitted, x(40))
     bench.job.samples("replay", x(40))
     folder = bench.job.net(net(kind), list(net(kind).plan(said["uses"])))
     bench.job.task("replay-0", kind="time", nets=[{"folder": folder, "policy": said}], x="replay.npy")
@@ -187,11 +199,16 @@ def test_a_crash_in_the_engine_is_a_result_and_the_rest_goes_on(bench, tmp_path)
     assert bench.piece("predict-int8")["logits"].shape == (3, 20, 4)
 
 
+def edit(job, **fields):
+    path = job.folder / "net-0" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 @pytest.mark.parametrize(
     "spoil, said",
     [
         (lambda job: {"provider": "CUDAExecutionProvider"}, "runs on CPUExecutionProvider here, not on CUDAExecutionProvider"),
-        (lambda job: {"engine": "abacus"}, "there is no engine 'abacus'; there is onnxruntime"),
+        (lambda job: edit(job, engine="abacus"), "there is no engine 'abacus'; there is onnxruntime, tensorrt"),
         (lambda job: next((job.folder / "net-0").glob("*.onnx")).write_bytes(b"no graph"), "is not as it was written"),
         (lambda job: (job.folder / "net-0" / "manifest.json").write_text('{"kind": "other"}'), "is no bundle of schema 1"),
         (lambda job: np.save(job.folder / "test.npy", np.full((20, *SHAPE), np.nan, np.float32)), "logits that are not finite"),
@@ -200,7 +217,7 @@ def test_a_crash_in_the_engine_is_a_result_and_the_rest_goes_on(bench, tmp_path)
 )
 def test_what_cannot_be_done_is_one_sentence(bench, spoil, said):
     add_predict(bench, "fp32")
-    bench.job.seal(bench.board)
+    bench.job.seal()
     change = spoil(bench.job)
     if isinstance(change, dict):
         path = bench.job.folder / "job.json"
@@ -213,7 +230,7 @@ def test_what_cannot_be_done_is_one_sentence(bench, spoil, said):
 def test_a_silent_task_is_ended(bench, tmp_path):
     (tmp_path / "onnxruntime.py").write_text("import time; time.sleep(60)")
     add_predict(bench, "fp32")
-    bench.job.seal(bench.board)
+    bench.job.seal()
     path = bench.job.folder / "job.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"silence_s": 3}))
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -224,7 +241,7 @@ def test_a_silent_task_is_ended(bench, tmp_path):
 def test_killed_and_started_again_it_does_only_what_is_missing(bench):
     for kind in ("fp32", "int8", "restarting"):
         add_predict(bench, kind)
-    bench.job.seal(bench.board)
+    bench.job.seal()
     results = bench.job.folder / "results"
     agent = subprocess.Popen([sys.executable, "-B", "agent.py", "run"], cwd=bench.job.folder, start_new_session=True)
     while not (results / "predict-fp32.npz").exists():
@@ -243,7 +260,7 @@ def test_a_jobs_name_is_its_content():
         made = Bench(**fields)
         with made.job:
             add_predict(made, "fp32", n)
-            made.job.seal(made.board)
+            made.job.seal()
             return made.job.id
 
     assert id_of(20) == id_of(20) != id_of(19)
@@ -293,14 +310,14 @@ def planted(root, **changed):
 
 def state_of(root):
     done = subprocess.run(
-        [sys.executable, "-B", "-", "state", "alone"], input=ssh.AGENT.read_bytes(), env={**os.environ, "JETSON_SYSROOT": str(root)},
+        [sys.executable, "-B", "-", "alone"], input=MACHINE.read_bytes(), env={**os.environ, "JETSON_SYSROOT": str(root)},
         capture_output=True, check=True,
     )  # fmt: skip
     return json.loads(done.stdout)
 
 
 def test_a_jetson_says_what_it_is(tmp_path):
-    said = ssh.said_of(state_of(planted(tmp_path)))
+    said = said_of(state_of(planted(tmp_path)))
     wanted = {
         "board": "Xavier NX", "module": "p3668-0000", "l4t": "35.4.1", "jetpack": "5.1.2", "tensorrt": "8.5.2.2-1+cuda11.4",
         "cuda": "11.4.19", "power_mode": "MODE_15W_6CORE", "power_mode_id": "2", "clocks": "fixed", "cpu_mhz": "1190",
@@ -337,7 +354,7 @@ def test_a_power_mode_that_changes_in_the_middle_spoils_the_measurement(tmp_path
 
     def facts(*states):
         said = {"before": states[0], "after": states[-1], "job": "1", "wall_s": 2.0, "cpu_s": 1.9, "stalled_us": 300000}
-        return Ssh("b")._facts({"time-0": {"said": {**said, "engines": [{"engine": "onnxruntime 1"}]}}}, 0, 1, 8)
+        return Ssh("b")._facts([{"said": said}], {"engine": "onnxruntime 1"}, 1, 8, SimpleNamespace(id="1"))
 
     said = facts(before, before)
     assert (said["noisy"], said["pressure_share"], said["waiting_share"], said["emulated"]) == ("yes", "0.150", "0.050", "yes")
@@ -347,16 +364,18 @@ def test_a_power_mode_that_changes_in_the_middle_spoils_the_measurement(tmp_path
 
 def test_this_machine_is_no_jetson():
     state = state_of("")
-    assert state["emulated"] == "" and ssh.said_of(state)["board"] == "unknown"
+    assert state["emulated"] == "" and said_of(state)["board"] == "unknown"
     assert "no Jetson that we know" in Ssh("here", board="Xavier NX").wrong(state)[0]
 
 
 def test_a_result_of_another_job_is_not_taken(bench):
     add_predict(bench, "fp32")
     bench.run()
-    path = bench.job.folder / "results" / "predict-fp32.npz"
+    path, name = bench.job.folder / "results" / "predict-fp32.npz", bench.job.id
+    bench.job.id = "0" * 16
     with pytest.raises(AnytimeError, match="of another job"):
-        ssh._read_piece("bench", path, "0" * 16)
+        bench.piece("predict-fp32")
+    bench.job.id = name
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(AnytimeError, match="cannot be read"):
-        ssh._read_piece("bench", path, bench.job.id)
+        bench.piece("predict-fp32")

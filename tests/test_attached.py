@@ -11,12 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from anytime.backend import TorchNet
 from anytime.cost import account
 from anytime.dataset import torchvision
+from anytime.datasets.synthetic import Synthetic
 from anytime.errors import AnytimeError, UsageError
 from anytime.model import Segment
 from anytime.models.attached import Attached
 from anytime.models.static import Static
 from anytime.quant.graph import Widths, prepared, traced
 from anytime.quant.onnx_graph import OnnxChain
+from anytime.train import Recipe
+from anytime.workshop import Workshop
 
 HERE = __name__  # backbones of this file are "tests.test_attached:factory"
 
@@ -156,7 +159,7 @@ class Sized(nn.Module):
     def forward(self, x):
         x = self.a(x)
         n = x.shape[0]
-        return self.fc(self.b(x.reshape(n, 4, 7, 7)).reshape(n, -1))
+        return self.fc(self.b(x.reshape(n, 4, 7, 7)).reshape(n, 4, 25).flatten(1))
 
 
 class Hidden(Sized):
@@ -249,6 +252,29 @@ def test_weights_are_loaded_strictly_and_name_what_they_have_seen(tmp_path):
     assert model.trained_on == {"abc"}
     with torch.no_grad():
         assert torch.allclose(model(x)[-1], theirs.eval()(x), atol=1e-6)
+
+
+class Grey(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(1, 4, 3, 2), nn.Conv2d(4, 4, 3, 2), nn.Linear(4 * 9, num_classes)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.b(F.relu(self.a(x)))).flatten(1))
+
+
+def test_new_exits_on_a_trained_network_are_trained_and_its_static_twin_is_taken_as_it_is(tmp_path):
+    path = tmp_path / "theirs.pt"
+    torch.save(Grey(4).state_dict(), path)
+    spec = attached(Grey, "a", weights=str(path), trained_on=("elsewhere",))
+    shop, data = Workshop(tmp_path), Synthetic(n=800, size=16, n_classes=4)
+    net, twin = (shop.trained(data, model, Recipe(epochs=1), 0, 0) for model in (spec, Static(spec)))
+    assert net.trained_on == {"elsewhere", shop.data(data, 0).train.digest}
+    as_built = shop._built(data, spec, 0, 0)
+    assert not torch.equal(net.heads[0][-1].weight, as_built.heads[0][-1].weight)
+    assert twin.trained_on == {"elsewhere"}
+    x = torch.randn(2, 1, 16, 16)
+    assert torch.equal(twin(x)[-1], as_built.eval()(x)[-1])
 
 
 @pytest.mark.parametrize(

@@ -348,12 +348,17 @@ def test_a_policy_that_decides_by_more_than_its_numbers_is_refused():
         def _stop(self, logits):
             return ~super()._stop(logits)
 
+    class Averaged(MaxProb):
+        def _stop(self, logits):
+            return super()._stop(logits.cumsum(0))
+
     class Alone(MaxProb):
         def _stop(self, logits):
             return logits[-1].max(-1) > 1
 
     val = Predictions(*(getattr(contract.predictions(3, 50, 4), f) for f in ("logits", "labels", "part")))
-    for kind, said in ((Moody, "does not decide as stops.by_max_probability"), (Alone, "calls no exit test")):
+    alone = "does not decide as stops.by_max_probability"
+    for kind, said in ((Moody, alone), (Averaged, alone), (Alone, "calls no exit test")):
         with pytest.raises(Unsupported, match=said):
             board_test(kind(thresholds=(0.6, 0.6)), val.logits)
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import anytime.datasets
 from anytime.dataset import Augment, Data, DatasetSpec, Preprocessing, data_root
+from anytime.datasets.enlarged import Enlarged
 from anytime.datasets.image_folder import ImageFolder
 from anytime.datasets.npz import Npz
 from anytime.datasets.synthetic import Synthetic
@@ -55,7 +56,11 @@ def an_image_folder(folder: Path) -> ImageFolder:
     return ImageFolder(path=str(folder), size=10, augment=True, calib=10, tune=10, val=20, hold=10)
 
 
-MADE: dict[type[DatasetSpec], Callable[[Path], DatasetSpec]] = {Npz: an_npz, ImageFolder: an_image_folder}
+def enlarged(folder: Path) -> Enlarged:
+    return Enlarged(Synthetic(size=12, channels=3), size=20, limit=400, calib=40, tune=40, val=60, hold=40)
+
+
+MADE: dict[type[DatasetSpec], Callable[[Path], DatasetSpec]] = {Npz: an_npz, ImageFolder: an_image_folder, Enlarged: enlarged}
 
 
 @pytest.mark.parametrize("cls", list(keepers()), ids=lambda c: c.__name__)
@@ -76,7 +81,7 @@ def test_keeper(cls: type[DatasetSpec], tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_walk_finds_the_keepers() -> None:
     names = {cls.__name__ for cls in keepers()}
-    assert {"Digits", "MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "EMNIST", "ImageFolder", "Npz", "Synthetic"} <= names
+    assert {*FILES, "Digits", "ImageFolder", "Npz", "Synthetic", "Enlarged"} <= names
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,15 @@ from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.ptq import PTQ
 from anytime.backends.qat import QAT
 from anytime.boards.host import Host
+from anytime.combiners import Sum, Vote, fitted, probabilities
 from anytime.config import Cell, Experiment, Suite
 from anytime.cost import In, account
 from anytime.datasets.synthetic import Synthetic
-from anytime.ensemble import EnsembleNet, Made, Sum, Vote, answers, disagreement, double_fault, fitted, probabilities
+from anytime.ensemble import Made
+from anytime.ensemble_net import EnsembleNet, answers
 from anytime.errors import Leak, Unsupported, UsageError
 from anytime.execute import Executor
-from anytime.metrics import Predictions, nll, softmax
+from anytime.metrics import Predictions, disagreement, double_fault, nll, softmax
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.models.branchynet import BLeNet
 from anytime.models.lenet import LeNet5

@@ -98,8 +98,8 @@ def test_a_checkpoint_that_is_not_there_is_a_row_that_fails_and_the_rest_goes_on
 
 def test_suites_that_cannot_be_meant_are_refused():
     suite = small().suites[0]
-    with pytest.raises(UsageError, match="two suites have the same data"):
-        small(suites=(suite, replace(suite, models=(Tiny(width=4),))))
+    with pytest.raises(UsageError, match="Tiny static on Synthetic.* is named twice; name it once, in one suite"):
+        small(suites=(suite, replace(suite, models=(Tiny(width=4), suite.models[0]))))
     with pytest.raises(UsageError, match="a suite has no models"):
         small(suites=(replace(suite, models=(), others=((Tiny(), small().recipe),)),))
 

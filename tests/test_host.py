@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from anytime import cpu
+from anytime import cpu, stopwatch
 from anytime.backend import Deployable, Segment, TorchNet
 from anytime.board import Replayed, Timing
 from anytime.boards import host
@@ -172,12 +172,12 @@ def test_what_a_network_costs_before_its_first_answer(timings: list[Timing]) -> 
 
 
 def test_the_peak_of_memory_is_read_and_reset() -> None:
-    if host._memory_mb() is None:
+    if stopwatch._memory_mb() is None:
         pytest.skip("this system does not say how much memory a process held")
     # In a fresh process, as a launch is: what other tests have freed there is nobody's to hand back.
     code = """
 import mmap
-from anytime.boards.host import _memory_mb
+from anytime.stopwatch import _memory_mb
 before = _memory_mb(reset=True)
 held = mmap.mmap(-1, 40_000_000)
 held.write(bytes(40_000_000))
@@ -207,7 +207,7 @@ class Noting:
 def interleaved(n_samples: int, warmup: int) -> tuple[list[tuple[str, int, bool]], dict[str, Any]]:
     log: list[tuple[str, int, bool]] = []
     runs = [Noting(name, log) for name in "abc"]
-    return log, host._interleave(runs, [np.array([r]) for r in range(n_samples)], warmup, lambda: None)  # type: ignore[arg-type]
+    return log, stopwatch._interleave(runs, [np.array([r]) for r in range(n_samples)], warmup, lambda: None)  # type: ignore[arg-type]
 
 
 def test_networks_take_turns_in_a_rotating_order() -> None:
@@ -282,15 +282,15 @@ class Ticking(Deployable):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(host, "perf_counter_ns", lambda: clock.wall)
-    monkeypatch.setattr(host, "process_time_ns", lambda: clock.cpu)
+    monkeypatch.setattr(stopwatch, "perf_counter_ns", lambda: clock.wall)
+    monkeypatch.setattr(stopwatch, "process_time_ns", lambda: clock.cpu)
     return clock
 
 
 def test_stage_and_head_of_each_link_are_timed_apart(clock: Clock) -> None:
     net = Ticking(clock)
     stages_and_heads = [1010, 7, 20, 7, 30, 7]  # the start counts to the first stage
-    assert host._Links(net).go(X[:1]) == [[f * ns for ns in stages_and_heads for f in (5, 2)]]
+    assert stopwatch._Links(net).go(X[:1]) == [[f * ns for ns in stages_and_heads for f in (5, 2)]]
     assert net.calls == ["start", (0, 1, None), (1, 1, 0), (1, 2, None), (2, 2, 1), (2, 3, None), (3, 3, 2)]
 
 
@@ -309,7 +309,7 @@ def test_a_replay_runs_what_its_policy_reads_and_no_more(
     clock: Clock, thresholds: tuple[float, ...], reads: tuple[int, ...], plan: list[tuple[int, int, int]], ns: int, exit: int
 ) -> None:
     net = Ticking(clock)
-    replay = host._Replay(net, Sure(thresholds, reads), X[:1])
+    replay = stopwatch._Replay(net, Sure(thresholds, reads), X[:1])
     net.calls.clear()
     # Exit 0 is sure of nothing and says class 0; the others say their own index.
     assert replay.go(X[:1]) == [[5 * ns, 2 * ns, exit, exit]]
@@ -326,7 +326,7 @@ def test_exit_tests_and_the_answer_are_part_of_a_replay(clock: Clock) -> None:
             clock.spend(1_000_000, 500_000)
             return super().answer(logits, exits)
 
-    (readings,) = host._Replay(Ticking(clock), Slow((0.9, 0.9), (0, 1, 2)), X[:1]).go(X[:1])
+    (readings,) = stopwatch._Replay(Ticking(clock), Slow((0.9, 0.9), (0, 1, 2)), X[:1]).go(X[:1])
     assert readings[:2] == [5 * 1081 + 2 * 100_000 + 1_000_000, 2 * 1081 + 2 * 30_000 + 500_000]
 
 
@@ -335,14 +335,14 @@ def test_an_answer_from_an_exit_that_was_not_read_is_refused(clock: Clock) -> No
         def answer(self, logits: Floats, exits: np.ndarray) -> Floats:
             return logits[-1]
 
-    replay = host._Replay(Ticking(clock), Peeking((0.0, 0.0), (0, 1, 2)), X[:1])
+    replay = stopwatch._Replay(Ticking(clock), Peeking((0.0, 0.0), (0, 1, 2)), X[:1])
     with pytest.raises(AnytimeError, match="ticking under Peeking answers at exit 1 with logits that are not finite"):
         replay.go(X[:1])
 
 
 def test_a_network_that_says_nan_is_refused(clock: Clock) -> None:
     with pytest.raises(AnytimeError, match="not finite"):
-        host._Replay(Ticking(clock, nan=True), Fixed(0), X[:1]).go(X[:1])
+        stopwatch._Replay(Ticking(clock, nan=True), Fixed(0), X[:1]).go(X[:1])
 
 
 # What the parent makes of its launches
@@ -522,7 +522,7 @@ def test_an_interrupt_ends_the_process(tmp_path: Path) -> None:
 
 
 def test_a_process_whose_parent_is_gone_ends() -> None:
-    command = [sys.executable, "-c", "from anytime.boards.host import _pulse\nbeat = _pulse()\nwhile True: beat()"]
+    command = [sys.executable, "-c", "from anytime.stopwatch import _pulse\nbeat = _pulse()\nwhile True: beat()"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
         assert child.stdout is not None and child.stdout.read(1) == b"."
         child.stdout.close()
@@ -566,7 +566,7 @@ def test_noise_is_counted_over_all_launches() -> None:
 
 
 def test_a_system_without_proc_says_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_read", lambda path: "")
+    monkeypatch.setattr(cpu, "read", lambda path: "")
     monkeypatch.setattr(cpu, "flags", lambda: frozenset())
     facts = Host().facts()
     assert (facts["flags"], facts["governor"], facts["mhz"], facts["pressure_avg10"]) == ("unknown",) * 4
@@ -586,10 +586,10 @@ def test_reads_the_clock_and_the_pressure_of_a_machine_that_has_them(monkeypatch
         "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "performance",
         "/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000",
     }
-    monkeypatch.setattr(host, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(cpu, "read", lambda path: files.get(path, ""))
     facts = Host().facts()
     assert (facts["cpu"], facts["governor"], facts["mhz"]) == ("AMD EPYC 7763", "performance", "1500")
     assert facts["pressure_avg10"] == "12.50"
-    assert host._stalled_us() == 17933155
+    assert cpu.stalled_us() == 17933155
     del files["/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"]
     assert Host().facts()["mhz"] == "2450.0"

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from anytime import keras_chain
+from anytime import tf
 from anytime.errors import AnytimeError, Unsupported
-from anytime.keras_chain import KerasChain, channels_last, missing
+from anytime.keras_chain import KerasChain
+from anytime.keras_layers import channels_last
 from anytime.layers import LocalResponseNorm, MixedPool2d, ZeroPadShortcut
 from anytime.model import AnytimeModel, Segment
 from anytime.models.branchynet import BAlexNet, BLeNet
@@ -18,6 +19,7 @@ from anytime.models.course import ThreeExitMLP
 from anytime.models.sdn import SDN
 from anytime.quant.graph import Widths, prepared
 from anytime.quant.trace import traced
+from anytime.tf import missing
 from tests.worlds import Residual, Restarting
 
 
@@ -171,15 +173,15 @@ def test_another_keras_is_refused(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "tensorflow", Other)
     with pytest.raises(AnytimeError, match="TF_USE_LEGACY_KERAS=1"):
-        keras_chain.tensorflow()
+        tf.tensorflow()
 
 
 def test_a_reason_names_the_command(monkeypatch):
     assert missing("qkeras", "pyparsing") is None
     assert "pip install" in missing("no_such_package")
-    monkeypatch.setattr(keras_chain, "distribution", lambda name: name)  # HGQ2 is there
+    monkeypatch.setattr(tf, "distribution", lambda name: name)  # HGQ2 is there
     assert "pip uninstall -y HGQ2" in missing("qkeras") and missing() is None
     monkeypatch.undo()
     # Uninstalled again, it has taken QKeras' __init__.py along.
-    monkeypatch.setattr(keras_chain, "find_spec", lambda name: ModuleSpec(name, None, is_package=True))
+    monkeypatch.setattr(tf, "find_spec", lambda name: ModuleSpec(name, None, is_package=True))
     assert "--force-reinstall" in missing("qkeras")

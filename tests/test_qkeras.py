@@ -13,7 +13,8 @@ from anytime.backend import TorchNet
 from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.qkeras import QKeras, QKerasChain, _begin_epoch, _InKeras, fixed_point
 from anytime.errors import Unsupported, UsageError
-from anytime.keras_chain import KerasChain, channels_last
+from anytime.keras_chain import KerasChain
+from anytime.keras_layers import channels_last
 from anytime.losses import Joint
 from anytime.model import AnytimeModel
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear

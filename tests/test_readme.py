@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from anytime.board import Board
+from anytime.nvidia import jetson
+from tests.contracts import policy as policy_contract
 from tests.contracts.backend import backend_keeps_its_promise
 from tests.contracts.model import model_keeps_its_promise
 from tests.worlds import data, trained, trainer
@@ -40,6 +43,20 @@ def test_the_backend_example_keeps_the_contract():
     assert (weights == 0).float().mean() == pytest.approx(0.1, abs=0.02)
 
 
+@pytest.mark.parametrize("check", policy_contract.CHECKS, ids=lambda c: c.__name__)
+def test_the_policy_example_keeps_the_contract(check):
+    check(run(BLOCKS[2])["Falling"]())
+
+
+def test_the_board_example_is_a_board():
+    board = run(BLOCKS[3])["BOARD"]
+    assert isinstance(board, Board) and board.board in jetson.MODULES.values()
+
+
+def test_every_example_is_run():
+    assert len(BLOCKS) == 4
+
+
 def test_every_make_target_it_names_exists():
     named = set(re.findall(r"make ([a-z][a-z-]+)", README))
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -52,7 +69,8 @@ def test_every_file_it_links_is_there():
 
 
 def test_its_table_is_the_one_that_the_records_give():
-    lines = [line for line in README.splitlines() if line.startswith("|")]
+    section = README.partition("## A real table\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
     assert len(lines) > 5, "the README shows no table"
     table = (ROOT / "results" / "tables" / "qat_branchynet.md").read_text().splitlines()
     assert [line for line in lines if line not in table] == []

@@ -15,18 +15,13 @@ from anytime.models.branchynet import BAlexNet
 from anytime.models.msdnet import MSDNet
 from anytime.models.resnet import ResNet20
 from anytime.models.sparse_resnet import SparseResNet
+from anytime.quant.adaround import AdaRoundWeight, rectified_sigmoid
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear
 from anytime.quant.graph import Widths, quantized, traced
+from anytime.quant.qdrop import DropStep, kept
 from anytime.quant.ranges import Grid, affine, weight_scales
-from anytime.quant.reconstruct import (
-    AdaRoundWeight,
-    DropStep,
-    Reconstruction,
-    kept,
-    partition,
-    reconstruct,
-    rectified_sigmoid,
-)
+from anytime.quant.reconstruct import Reconstruction, reconstruct
+from anytime.quant.units import partition
 from tests.worlds import Restarting, Tiny, data, trained
 
 QUICK = Reconstruction(iterations=60)
@@ -202,7 +197,7 @@ def test_the_share_that_is_dropped(shape):
 def units(spec, shape, unit="block", target="u8s8", **kw):
     model = traced(spec.build(shape, 4))
     net = quantized(model, Widths(4, 4, **kw), target)
-    entry, stages = partition(net, model, replace(QUICK, unit=unit))
+    entry, stages = partition(net, model, unit, with_exits=True)
     return net, entry, [stage.units for stage in stages]
 
 
@@ -266,7 +261,7 @@ class Reads(nn.Module):
 def test_the_block_that_a_head_reads_counts_it_not_simply_the_last(which, block):
     model = traced(AnytimeModel([Early()], [Reads(which)]))
     net = quantized(model, Widths(4, 4), "u8s8")
-    (stage,) = partition(net, model, QUICK)[1]
+    (stage,) = partition(net, model, "block", with_exits=True)[1]
     assert [u.name for u in stage.units if u.head] == [block]
     net.calibrate(net.observe(x()), "mse", "mse")
     assert [r.unit for r in reconstruct(net, model, x(), replace(QUICK, iterations=3), 0)] == [

@@ -9,50 +9,55 @@ ROOT = Path(__file__).parent.parent / "anytime"
 EVERYTHING = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p.is_dir() and not p.name.startswith("_"))} - {"__init__"}
 
 MAY = {  # room -> rooms that it may import; errors may be imported by every one but stops
-    "errors": "", "stops": "", "cpu": "", "layers": "", "machine": "",
+    "errors": "", "stops": "", "cpu": "", "layers": "", "forms": "", "machine": "",
     "spec": "", "metrics": "", "record": "",
     "progress": "", "augment": "dataset", "osgd": "",
     "gather": "record", "decided": "decisions metrics gather", "rows": "metrics record gather decided", "figures": "metrics record decided",
-    "report": "metrics record rows figures styles decided", "styles": "",
+    "tables": "metrics rows decided conversions", "report": "rows styles tables", "page": "record gather decided metrics rows tables",
+    "styles": "", "conversions": "rows", "compare": "metrics record gather rows styles",
     "model": "spec", "dataset": "spec metrics", "policy": "spec metrics stops", "threshold": "metrics policy",
     "losses": "spec model",
     "train": "spec model dataset augment losses osgd",
     "quant": "model metrics layers",
     "backend": "spec metrics model dataset train quant",
     "engine": "", "onnx_net": "metrics model quant backend engine", "peer": "spec model backend",
-    "keras_chain": "model layers quant", "tflite_net": "metrics model backend keras_chain",
-    "cost": "metrics model backend", "ensemble": "metrics model dataset train backend cost",
+    "tf": "", "keras_layers": "layers quant tf", "keras_chain": "model quant keras_layers", "tflite_net": "metrics model backend tf",
+    "cost": "metrics model backend", "combiners": "metrics", "ensemble_net": "metrics model backend",
+    "ensemble": "metrics model dataset train backend cost combiners ensemble_net",
     "reach": "spec policy metrics dataset model backend cost",
     "board": "spec metrics backend policy stops",
     "config": "spec model dataset train backend policy board",
-    "models": "spec model layers", "datasets": "spec metrics dataset augment", "policies": "spec metrics stops policy threshold",
-    "backends": "spec metrics model dataset losses train quant backend cpu onnx_net peer cost reach ensemble keras_chain tflite_net",
+    "models": "spec model layers forms", "datasets": "spec metrics dataset augment", "policies": "spec metrics stops policy threshold",
+    "backends": "spec metrics model dataset losses train quant backend cpu onnx_net peer cost reach combiners ensemble "
+    "tf keras_layers keras_chain tflite_net",
     "boards": "spec metrics backend board policy stops cpu execute nvidia", "nvidia": "",
     "find": "spec config",
     "facts": "spec config model dataset backend board policy record",
-    "workshop": "spec metrics model models dataset train backend board config cost",
+    "workshop": "spec metrics model models dataset train quant backend board config cost",
     "scoring": "metrics record dataset backend board cost decisions",
     "decisions": "metrics",
     "arms": "spec metrics record policy cost config facts decisions scoring workshop",
     "run": "scoring spec metrics record model dataset train backend board config policy facts arms workshop machine",
     "zoo": "machine spec record train config facts workshop",
     "listing": "spec record config facts",
+    "stopwatch": "metrics policy backend cpu execute",
     "execute": "metrics policy", "bundle": "metrics stops policy policies engine execute", "onnx_if": "",
     "export": "machine spec metrics policy board train config facts find arms workshop backends onnx_net onnx_if bundle",
-    "measure": "board boards config find run",
+    "measure": "board boards config find run train",
     "__main__": " ".join(EVERYTHING - {"__main__"}),
 }  # fmt: skip
 
 HEAVY = {  # vendor -> rooms that may import it at the top of a file; the others only inside a method
     "torch": {
-        *("model", "layers", "dataset", "augment", "losses", "train", "quant", "backend", "cost", "ensemble"),
+        *("model", "layers", "forms", "dataset", "augment", "losses", "train", "quant", "backend", "cost", "combiners", "ensemble_net", "ensemble"),
         *("models", "datasets", "backends", "boards"),
-        *("workshop", "scoring", "run", "machine", "osgd", "onnx_net", "peer", "keras_chain", "tflite_net"),
+        *("workshop", "scoring", "run", "machine", "osgd", "onnx_net", "peer", "tf", "keras_layers", "keras_chain", "tflite_net"),
     },
-    "pandas": {"gather", "rows", "report", "figures"},
+    "pandas": {"gather", "rows", "tables", "report", "figures", "page"},
     "matplotlib": {"figures"},
     "onnx": {"quant", "onnx_if"},
     "rich": {"progress"},
+    **dict.fromkeys(("bokeh", "PIL"), set()),
     **dict.fromkeys(("onnxruntime", "torchvision", "sklearn", "ptflops", "openvino", "nncf", "torchao", "asyncssh"), set()),
     **dict.fromkeys(("tensorrt", "tensorflow", "qkeras"), set()),
 }  # fmt: skip
@@ -76,7 +81,7 @@ def wrong_imports(path, root=ROOT):
         head, *rest = name.split(".")
         if head == "anytime":
             other = rest[0]
-            keeper_of_keeper = room == other and len(parts) > 1 and room != "quant" and parts[1] != rest[1]
+            keeper_of_keeper = room == other and len(parts) > 1 and room not in ("quant", "page") and parts[1] != rest[1]
             allowed = (
                 other in MAY.get(room, "").split()
                 or other == room

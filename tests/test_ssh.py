@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anytime.boards import ssh
-from anytime.boards.ssh import Ssh
+from anytime import stops
+from anytime.boards.ssh import Ssh, job, link, remote
 from anytime.errors import AnytimeError, Unreachable, UsageError
 from anytime.policies.confidence import MaxProb
 from anytime.policies.sdn import SDN
@@ -140,7 +140,7 @@ def test_a_policy_and_predictions_are_those_of_this_machine(world):
     board = world.board("agx")
     int8, samples = net("int8"), x(30)
     logits = int8.predict(samples, batch=1)
-    thresholds = tuple(float(np.median(ssh.stops.max_probability(z))) for z in logits[:-1])
+    thresholds = tuple(float(np.median(stops.max_probability(z))) for z in logits[:-1])
     jobs = [
         (int8, MaxProb(thresholds=thresholds)),
         (int8, SDN(thresholds=thresholds)),
@@ -238,7 +238,7 @@ def test_a_killed_agent_goes_on_with_what_is_missing(world, caplog):
 
 
 def test_an_agent_that_is_always_killed_is_an_error(world, monkeypatch):
-    monkeypatch.setattr(ssh, "RESTARTS", 0)
+    monkeypatch.setattr(remote, "RESTARTS", 0)
     board = world.board("agx", {"launches": LAUNCHES})
     with While(lambda: board.time([net("int8")], x(20))) as work:
         work.until(lambda: finished(world))
@@ -252,7 +252,7 @@ def test_an_agent_that_is_always_killed_is_an_error(world, monkeypatch):
 
 
 def test_a_job_is_bounded_on_the_board_itself(world, monkeypatch):
-    monkeypatch.setattr(ssh, "LIMIT_S", 2)
+    monkeypatch.setattr(job, "LIMIT_S", 2)
     board = world.board("agx", {"launches": 50})
     with While(lambda: board.time([net("int8")], x(20))) as work:
         (pid,) = work.until(lambda: agent_of(world))
@@ -287,7 +287,7 @@ def test_silence_is_noticed_within_12_s_and_every_finished_result_recovered(worl
                 lost.set()
 
     ear = Ear()
-    ssh.LOG.addHandler(ear)
+    link.LOG.addHandler(ear)
     try:
         with While(lambda: board.time([net("int8")], x(20))) as work:
             work.until(lambda: finished(world))
@@ -299,14 +299,14 @@ def test_silence_is_noticed_within_12_s_and_every_finished_result_recovered(worl
                 assert len(there) == LAUNCHES
             whole(work.result()[0], 20, LAUNCHES)
     finally:
-        ssh.LOG.removeHandler(ear)
+        link.LOG.removeHandler(ear)
     assert when[0] - silence.since < 12
     assert world.left() == []
 
 
 def test_another_run_collects_what_the_first_one_began(world, monkeypatch):
     """As after Ctrl-C, or when the board stays away for longer than our patience."""
-    monkeypatch.setattr(ssh, "PATIENCE_S", 1)
+    monkeypatch.setattr(link, "PATIENCE_S", 1)
     board, daemon = world.board("agx", {"launches": LAUNCHES}), world.daemons["agx"]
     with While(lambda: board.time([net("int8")], x(20))) as work:
         work.until(lambda: finished(world))
@@ -332,7 +332,7 @@ def test_a_job_that_cannot_run_says_why_and_leaves_nothing(world):
         board.time([net("int8")], x(5))
     with pytest.raises(AnytimeError, match="there is no sample to run"):
         board.time([net("int8")], x(0))
-    with pytest.raises(AnytimeError, match="cannot run torch: agx runs onnx, not torch"):
+    with pytest.raises(AnytimeError, match="cannot run torch: agx runs onnx, tensorrt, not torch"):
         board.time([contract.network(2)], contract.samples())
     assert world.left() == []
 
@@ -355,7 +355,7 @@ def test_the_wrong_jetson_is_refused_and_a_planted_one_marked(world):
 def test_a_screen_says_what_is_there_and_what_is_wrong(world):
     lines = asyncio.run(world.board("agx", {"board": "AGX Xavier"}).inspect())
     assert len(lines) < 50
-    assert any(line.startswith("onnxruntime") and "CPUExecutionProvider" in line for line in lines)
+    assert any(line.startswith("python onnxruntime") and "CPUExecutionProvider" in line for line in lines)
     wrong = [line for line in lines if line.startswith("WRONG")]
     assert len(wrong) == 1 and "no Jetson that we know" in wrong[0]
     (gone,) = asyncio.run(Ssh("nowhere").inspect())
@@ -416,12 +416,12 @@ def test_a_board_is_added_to_what_was_run_without_training_anything(world, tmp_p
 
 @pytest.mark.parametrize("command", ["exit 255", "kill -9 $PPID"], ids=["ssh's own status", "session killed"])
 def test_a_lost_link_is_never_called_a_failure(world, monkeypatch, command):
-    monkeypatch.setattr(ssh, "PATIENCE_S", 0)
+    monkeypatch.setattr(link, "PATIENCE_S", 0)
     world.board("agx")
 
     async def said(command):
-        async with ssh._Link("agx") as link:
-            return await link.sh(command)
+        async with link.Link("agx") as there:
+            return await there.sh(command)
 
     with pytest.raises(Unreachable, match="did not come back"):
         asyncio.run(said(command))

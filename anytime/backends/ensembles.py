@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, softmax
 
 from anytime.backend import Backend, Deployable, Target
+from anytime.combiners import Fit, Sum, Vote
 from anytime.dataset import Part
-from anytime.ensemble import Alike, Ensemble, Fit, Made, Sum, Trained, Vote, cheapest_first, others
+from anytime.ensemble import Alike, Ensemble, Made, Trained, cheapest_first, others
 from anytime.errors import Unsupported, UsageError
 from anytime.losses import Loss, State
 from anytime.model import AnytimeModel, ModelSpec

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -14,7 +19,7 @@ from anytime.dataset import Part
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
 from anytime.onnx_net import GraphNet, OpenVINONet, written
-from anytime.quant.trace import traced
+from anytime.quant.trace import links, traced
 from anytime.train import Trainer
 
 
@@ -60,4 +65,30 @@ class OpenVINO(Backend):
         net.sqnr = inner.sqnr
         if bf16:
             net.precision, net.needs = "bf16", inner.needs
+        elif net.bits and any(node.target is torch.cat for _, link in links(chain) for node in link.graph.nodes):
+            _compile_apart(net)
         return net
+
+
+def _compile_apart(net: OpenVINONet) -> None:
+    """Unsupported where OpenVINO dies of a network: in a process of its own, else it would end ours.
+
+    OpenVINO 2026.4.1 gets a segmentation fault from DenseNets in INT8, whose layers concatenate what others have concatenated; that of
+    2021 had one too (its pull request 9464).
+    """
+    with TemporaryDirectory() as folder:
+        files = [str(path) for path in net.save(Path(folder))]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        code = subprocess.run([sys.executable, "-P", "-c", _COMPILE, *files], env=env, capture_output=True).returncode
+    if code < 0:
+        raise Unsupported(
+            f"OpenVINO itself is killed by signal {-code} when it compiles this network's integers; use OnnxRuntime(of=...)"
+        )
+
+
+_COMPILE = """
+import sys
+from anytime.engine import OpenVINOGraph
+for name in sys.argv[1:]:
+    OpenVINOGraph(open(name, "rb").read(), 1)._request(1)
+"""

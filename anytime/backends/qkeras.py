@@ -18,17 +18,15 @@ from torch import Tensor, fx, nn
 from anytime.backend import Backend, Deployable, Target, TorchNet
 from anytime.dataset import Part
 from anytime.errors import Unsupported, UsageError
-from anytime.keras_chain import (
-    KerasChain,
+from anytime.keras_chain import KerasChain
+from anytime.keras_layers import (
     Value,
     channels_last,
     conv_layout,
     depthwise,
     depthwise_layout,
     linear_layout,
-    missing,
     norm_form,
-    tensorflow,
     tie_norm,
 )
 from anytime.model import AnytimeModel
@@ -37,6 +35,7 @@ from anytime.quant.graph import Quantized, Widths, quantized
 from anytime.quant.ranges import Grid, Histogram
 from anytime.quant.trace import conv_before, drop_node, is_relu, links, module_of, tidy
 from anytime.spec import key
+from anytime.tf import missing, tensorflow
 from anytime.train import TUNE_LR_SCALE, Trainer
 
 EXPONENTS = 8  # powers of two that are tried for a grid, from the one that covers all values down

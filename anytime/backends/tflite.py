@@ -15,12 +15,14 @@ from anytime import peer
 from anytime.backend import Backend, Deployable, Segment, Target, TorchNet
 from anytime.dataset import Part
 from anytime.errors import Unsupported
-from anytime.keras_chain import KerasChain, channels_last, missing
+from anytime.keras_chain import KerasChain
+from anytime.keras_layers import channels_last
 from anytime.model import AnytimeModel
 from anytime.quant.fake import FakeQuant
 from anytime.quant.onnx_graph import OnnxChain
 from anytime.quant.ranges import affine
 from anytime.quant.trace import traced
+from anytime.tf import missing
 from anytime.tflite_net import TFLiteNet
 from anytime.train import Trainer
 

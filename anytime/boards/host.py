@@ -1,8 +1,7 @@
-"""This machine's own CPU. Run as a module, it is the fresh process that holds the stopwatch."""
+"""This machine's own CPU, timed in fresh processes (anytime/stopwatch.py)."""
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import pickle
@@ -13,21 +12,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from time import monotonic, perf_counter_ns, process_time_ns
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anytime import cpu
-from anytime.backend import Deployable, Segment
+from anytime.backend import Deployable
 from anytime.board import Board, Replayed, Timing
 from anytime.errors import AnytimeError, UsageError
-from anytime.execute import Executor
 from anytime.metrics import Floats
 from anytime.policy import Policy
 
@@ -38,7 +35,6 @@ FLAGS = (
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
 SILENCE_S = 180.0  # a child beats about every second; opening one network is the longest that it may take between two
-TURN, REFRESH = 8, 3  # batches of a turn; untimed ones before them
 ENGINES = {
     "torch": "torch",
     "onnx": "onnxruntime",
@@ -110,15 +106,15 @@ class Host(Board):
         return None
 
     def facts(self) -> dict[str, str]:
-        mhz = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-        avg10 = re.search(r"some avg10=([\d.]+)", _read("/proc/pressure/cpu"))
+        mhz = cpu.read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+        avg10 = re.search(r"some avg10=([\d.]+)", cpu.read("/proc/pressure/cpu"))
         return {
             "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
             "flags": " ".join(f for f in FLAGS if f in cpu.flags()) or ("none of note" if cpu.flags() else "unknown"),
             "cores": f"{_cores()} of {os.cpu_count()}",
             "threads": str(self.threads),
             "batch": str(self.batch),
-            "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
+            "governor": cpu.read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
             "mhz": f"{int(mhz) / 1e3:.0f}" if mhz else _cpuinfo("cpu MHz") or "unknown",
             "memory_gb": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f}",
             "os": platform.platform(),
@@ -188,15 +184,8 @@ class Host(Board):
 
 
 def _cpuinfo(field: str) -> str:
-    line = re.search(rf"^{field}\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    line = re.search(rf"^{field}\s*:(.*)$", cpu.read("/proc/cpuinfo"), re.MULTILINE)
     return line[1].strip() if line else ""
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
 
 
 def _cores() -> int:
@@ -208,12 +197,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _stalled_us() -> int | None:
-    """us since the start of the system in which some task waited for a CPU; None where the kernel does not say."""
-    total = re.search(r"some .*total=(\d+)", _read("/proc/pressure/cpu"))
-    return int(total[1]) if total else None
 
 
 def _noise(reports: Sequence[dict[str, Any]], threads: int) -> dict[str, str]:
@@ -249,7 +232,7 @@ def _median(each: Sequence[float | None]) -> str:
     return f"{np.median(known):.1f}" if known else "unknown"
 
 
-# The parent's side of a launch
+# A launch
 
 
 def _own_folder() -> tempfile.TemporaryDirectory[str]:
@@ -281,7 +264,7 @@ def _launch(jobs: Path, threads: int, who: str) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path),
         "OMP_NUM_THREADS": str(threads),  # for the pools that no network's open() sizes
     }
-    command = [sys.executable, "-P", "-m", "anytime.boards.host", str(jobs), str(report)]
+    command = [sys.executable, "-P", "-m", "anytime.stopwatch", str(jobs), str(report)]
     with (
         words.open("wb") as stderr,
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=env) as child,
@@ -312,186 +295,3 @@ def _launch(jobs: Path, threads: int, who: str) -> dict[str, Any]:
 def _last_words(words: Path) -> str:
     lines = words.read_text(errors="replace").split("\n")
     return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), ", without a word")
-
-
-# The child's side: all that happens between two readings of the clocks
-
-
-class _Links:
-    """One network, link by link: ``go`` answers one row: per link, wall and CPU ns of its stage, then of its head."""
-
-    def __init__(self, net: Deployable) -> None:
-        self.net = net
-        self.links = [(Segment(k, k + 1, None), Segment(k + 1, k + 1, k)) for k in range(net.n_exits)]
-
-    def go(self, sample: Floats) -> list[list[int]]:
-        start, step, state = self.net.start, self.net.step, None
-        readings: list[int] = []
-        # The CPU's clock is the slow one to read: outside, so that wall times do not hold it.
-        for stage, head in self.links:
-            c0, w0 = process_time_ns(), perf_counter_ns()
-            if state is None or self.net.restarts:
-                state = start(sample)
-            state, _ = step(stage, state)
-            w1, c1 = perf_counter_ns(), process_time_ns()
-            c2, w2 = process_time_ns(), perf_counter_ns()
-            step(head, state)
-            w3, c3 = perf_counter_ns(), process_time_ns()
-            readings += [w1 - w0, c1 - c0, w3 - w2, c3 - c2]
-        return [readings]
-
-
-class _Replay:
-    """One policy on its network's plan, sample by sample: ``go`` answers one row of wall ns, CPU ns, exit and class."""
-
-    def __init__(self, net: Deployable, policy: Policy, sample: Floats) -> None:
-        self.net, self.policy, used = net, policy, policy.uses(net.n_exits)
-        self.plan = net.plan(used)
-        # What the policy has read before each test: a slice, which copies nothing, unless it skips exits.
-        self.read = [slice(i + 1) if k == i else np.array(used[: i + 1]) for i, k in enumerate(used)]
-        self.at = [np.array([k]) for k in used]
-        state = net.start(sample)
-        for segment in self.plan:  # once to the end, for engines that make themselves ready at first use
-            state, logits = net.step(segment, state)
-        assert logits is not None
-        self.logits = np.empty((net.n_exits, *logits.shape), logits.dtype)
-
-    def go(self, sample: Floats) -> list[list[int]]:
-        step, stop, logits, read, last = self.net.step, self.policy.stop, self.logits, self.read, len(self.plan) - 1
-        logits.fill(np.nan)  # an answer that needs an exit which was not read must not look like one
-        c0, w0 = process_time_ns(), perf_counter_ns()
-        state = self.net.start(sample)
-        for i, segment in enumerate(self.plan):
-            state, logits[segment.head] = step(segment, state)
-            if i == last or stop(logits[read[i]])[0]:
-                break
-        answer = self.policy.answer(logits, self.at[i])
-        said = answer.argmax()
-        w1, c1 = perf_counter_ns(), process_time_ns()
-        exit = int(self.at[i][0])
-        if not np.isfinite(answer).all():
-            raise AnytimeError(
-                f"{self.net.execution} under {self.policy.label} answers at exit {exit + 1} with logits that are not finite"
-            )
-        return [[w1 - w0, c1 - c0, exit, int(said)]]
-
-
-class _Batches:
-    """One policy on its network's plan, in batches: ``go`` answers a row per sample, with its share of the time of all."""
-
-    def __init__(self, net: Deployable, policy: Policy, batch: int) -> None:
-        self.executor = Executor(net, policy, batch)
-
-    def go(self, samples: Floats) -> list[list[int]]:
-        c0, w0 = process_time_ns(), perf_counter_ns()
-        answers = self.executor.run(samples)
-        said = answers.logits.argmax(-1)
-        w1, c1 = perf_counter_ns(), process_time_ns()
-        wall, spent = (w1 - w0) // len(samples), (c1 - c0) // len(samples)
-        return [[wall, spent, int(exit), int(label)] for exit, label in zip(answers.exits, said, strict=True)]
-
-
-def _interleave(
-    runs: Sequence[_Links | _Replay | _Batches], samples: Sequence[Floats], warmup: int, beat: Callable[[], None]
-) -> dict[str, Any]:
-    for run in runs:
-        for i in range(warmup):
-            run.go(samples[i % len(samples)])
-            beat()
-    readings: list[list[list[int]]] = [[] for _ in runs]
-    stopwatch = _stopwatch_ns()
-    gc.collect()
-    gc.disable()
-    stalled, c0, w0 = _stalled_us(), process_time_ns(), perf_counter_ns()
-    for round, first in enumerate(range(0, len(samples), TURN)):
-        for turn in range(len(runs)):
-            i = (round + turn) % len(runs)
-            for r in range(first - REFRESH, first):
-                runs[i].go(samples[r % len(samples)])
-            for sample in samples[first : first + TURN]:
-                readings[i] += runs[i].go(sample)
-                beat()
-    w1, c1, stalled_after = perf_counter_ns(), process_time_ns(), _stalled_us()
-    gc.enable()
-    return {
-        "readings": [np.array(rows, np.int64) for rows in readings],
-        "wall_ns": w1 - w0,
-        "cpu_ns": c1 - c0,
-        "stalled_us": None if stalled is None or stalled_after is None else stalled_after - stalled,
-        "stopwatch_ns": stopwatch,
-    }
-
-
-def _stopwatch_ns() -> tuple[int, int]:
-    """What reading the clocks adds to a wall and to a CPU time: the medians of timing nothing."""
-    nothing = []
-    for _ in range(1001):
-        c0, w0 = process_time_ns(), perf_counter_ns()
-        w1, c1 = perf_counter_ns(), process_time_ns()
-        nothing.append((w1 - w0, c1 - c0))
-    wall, spent = np.median(nothing, axis=0)
-    return int(wall), int(spent)
-
-
-def _pulse() -> Callable[[], None]:
-    """Tell the parent about once a second that we live; without a parent the write fails, and we end."""
-    last = 0.0
-
-    def beat() -> None:
-        nonlocal last
-        if monotonic() - last > 1:
-            os.write(1, b".")
-            last = monotonic()
-
-    return beat
-
-
-def _memory_mb(reset: bool = False) -> float | None:
-    """Largest memory that this process has held, from now on with ``reset``; None where the system does not say."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        peak = re.search(r"VmHWM:\s*(\d+) kB", _read("/proc/self/status"))
-        return int(peak[1]) / 1e3 if peak else None
-    except OSError:
-        return None
-
-
-def _child(jobs_file: str, report_file: str) -> None:
-    beat = _pulse()
-    beat()
-    try:
-        threads, warmup, batch, jobs, x = pickle.loads(Path(jobs_file).read_bytes())
-    except (AttributeError, ImportError) as error:
-        raise AnytimeError(
-            f"a fresh process cannot import what it shall run ({error}): move the class into a module of its own"
-        ) from error
-    at_once = batch if batch == 1 or jobs[0][1] is None else TURN * batch
-    samples = [np.ascontiguousarray(x[r : r + at_once], dtype=np.float32) for r in range(0, len(x), at_once)]
-    runs: list[_Links | _Replay | _Batches] = []
-    first_answer_ms, memory_mb = [], []
-    opened = set()
-    for net, policy in jobs:
-        before, begun = _memory_mb(reset=True), perf_counter_ns()
-        if id(net) not in opened:
-            net.open(threads)
-            opened.add(id(net))
-            beat()
-        if policy is None:
-            runs.append(_Links(net))
-        else:
-            runs.append(_Replay(net, policy, samples[0]) if batch == 1 else _Batches(net, policy, batch))
-        runs[-1].go(samples[0])
-        first_answer_ms.append(1e-6 * (perf_counter_ns() - begun))
-        after = _memory_mb()
-        memory_mb.append(None if before is None or after is None else after - before)
-        beat()
-    report = _interleave(runs, samples, warmup, beat) | {"first_answer_ms": first_answer_ms, "memory_mb": memory_mb}
-    Path(report_file).write_bytes(pickle.dumps(report))
-
-
-if __name__ == "__main__":
-    try:
-        _child(*sys.argv[1:])
-    except AnytimeError as sentence:
-        sys.exit(str(sentence))

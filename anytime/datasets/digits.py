@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anytime.augment import affine
-from anytime.dataset import Augment, DatasetSpec, Preprocessing, Raw, digest
+from anytime.dataset import Augment, DatasetSpec, Preprocessing, Raw, digest, enlarge
 from anytime.errors import DataError
 
 _DIGEST = "abecfd0572dbb442"  # of images and labels as uint8; scikit-learn publishes no hash of its copy
@@ -58,16 +57,3 @@ class Digits(DatasetSpec):
         if not self.augment:
             return None
         return partial(affine, degrees=10.0, translate=2.0, scale=(0.9, 1.1), fill=self.preprocessing.black)
-
-
-def enlarge(x: NDArray[np.uint8], size: int) -> NDArray[np.float64]:
-    """Bring images [N, S, S] to [N, size, size], bilinearly, edges repeated.
-
-    Computed in integers up to the last division, so that every machine gets the same bits and the same digests.
-    """
-    old = x.shape[-1]
-    # Twice each output pixel's place in input pixels, times size: a whole number.
-    place = np.clip((2 * np.arange(size) + 1) * old - size, 0, 2 * size * (old - 1))
-    weight = np.maximum(0, 2 * size - np.abs(place[:, None] - 2 * size * np.arange(old)))  # rows sum to 2 * size
-    sums: NDArray[np.int64] = weight @ x.astype(np.int64) @ weight.T
-    return sums / (2 * size) ** 2

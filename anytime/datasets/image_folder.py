@@ -40,6 +40,11 @@ class ImageFolder(DatasetSpec):
             )
 
     @property
+    def label(self) -> str:
+        """The folder's name and the size."""
+        return f"{Path(self.path).name or 'ImageFolder'} at {self.size}x{self.size}"
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """``mean`` and ``std``."""
         return Preprocessing(self.mean, self.std)

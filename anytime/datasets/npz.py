@@ -40,6 +40,11 @@ class Npz(DatasetSpec):
             )
 
     @property
+    def label(self) -> str:
+        """The file's name."""
+        return Path(self.path).stem or "Npz"
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """``mean`` and ``std``."""
         return Preprocessing(self.mean, self.std)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from anytime.errors import AnytimeError, UsageError, near
+from anytime.forms import as_modules
 from anytime.model import AnytimeModel, ModelSpec
 
 
@@ -67,7 +68,7 @@ class Attached(ModelSpec):
     In-place operations are made out of place, and what the network does is that of its eval mode, except in modules
     (Dropout, BatchNorm, StochasticDepth). ``weights``: path of a state dict, loaded strictly before the cut; then
     ``trained_on`` must say what it has learned from: the digests of published training sets ("imagenet" will do for
-    one that no data set here draws from).
+    one that no data set here draws from). The recipe trains what was loaded on, with its exits; ``Static`` of it is taken as it is.
     Every chain is held against the network that it was cut from when it is built.
     Source: this project; node names as in torchvision's feature extraction.
     """
@@ -76,6 +77,12 @@ class Attached(ModelSpec):
     at: tuple[str, ...] = ("features.3", "features.6", "features.13")
     weights: str = ""
     trained_on: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The network's own name; exits are told apart by number, networks with others by the rows' variant."""
+        name = self.backbone.rpartition(":")[2]
+        return f"{name} from {Path(self.weights).name}" if self.weights else name
 
     def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:
         if not self.at:
@@ -97,7 +104,7 @@ class Attached(ModelSpec):
                     f"{self.backbone} cut into a chain gives other logits: its forward has effects that torch.fx does not see, "
                     "such as in-place changes of a value that is read again; write them out of place"
                 )
-        model.trained_on = frozenset(self.trained_on)
+        model.trained_on, model.fresh_heads = frozenset(self.trained_on), True
         return model.train()
 
     def _backbone(self, n_classes: int) -> nn.Module:
@@ -190,6 +197,8 @@ class Attached(ModelSpec):
             shapes = _Shapes(fx.GraphModule(net, graph))
             with torch.no_grad():
                 shapes.run(x)
+            as_modules(net, graph, shapes.of)
+            _without_idle_pools(tracer, shapes.of)
         except Exception as error:  # whatever the network's Python does with a proxy
             raise UsageError(
                 f"{self.backbone} cannot be traced by torch.fx ({_say(error)}): its forward must not depend on values"
@@ -264,6 +273,16 @@ class Attached(ModelSpec):
         elif len(shape) != 2:
             raise UsageError(f"{self.backbone}: {name!r} gives {_by(shape)} for each input; exits go to maps CxHxW or features C")
         return nn.Sequential(*layers, nn.Linear(shape[1], n_classes))
+
+
+def _without_idle_pools(tracer: _Tracer, shapes: dict[fx.Node, torch.Size | str]) -> None:
+    """Take out adaptive pooling to the very size that comes in (AlexNet, VGG at 224): it changes nothing, and has no form in ONNX."""
+    for node in list(tracer.graph.nodes):
+        idle = node.op == "call_module" and isinstance(tracer.root.get_submodule(str(node.target)), nn.AdaptiveAvgPool2d)
+        if idle and shapes[node] == shapes[node.all_input_nodes[0]]:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            tracer.returned = {path: node.all_input_nodes[0] if n is node else n for path, n in tracer.returned.items()}
+            tracer.graph.erase_node(node)
 
 
 def _needed(node: fx.Node) -> set[fx.Node]:

@@ -28,6 +28,8 @@ class Static(ModelSpec):
 
     def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:
         whole = self.of.build(input_shape, n_classes)
-        if whole.restarts:  # the last sub-network alone is the whole network
-            return AnytimeModel([whole.stages[-1]], [whole.heads[-1]])
-        return AnytimeModel([nn.Sequential(*whole.stages)], [whole.heads[-1]])
+        # Of stages that restart the last sub-network alone is the whole network.
+        trunk = whole.stages[-1] if whole.restarts else nn.Sequential(*whole.stages)
+        model = AnytimeModel([trunk], [whole.heads[-1]])
+        model.trained_on = whole.trained_on
+        return model

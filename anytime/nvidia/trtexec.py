@@ -47,6 +47,23 @@ def banner_digits(version: Version) -> str:
 # Command lines
 
 
+def number_types(version: Version, precision: Precision, calibrated: bool) -> tuple[tuple[str, ...], bool]:
+    """What a builder is told of number types: its flags, and whether the graph's own types bind it. See build_command."""
+    name = ".".join(map(str, version))
+    if version < (7, 1, 0):
+        raise Unsupported(f"TensorRT {name}: the command lines known here begin with 7.1; update JetPack")
+    if calibrated and version >= (11, 0, 0):
+        raise Unsupported(f"TensorRT {name} has no calibrators any more: take PTQ or QAT, whose ranges stand in the graph")
+    if calibrated and precision != "int8":
+        raise Unsupported(f"a calibration cache is for int8, not {precision}: leave one of them out")
+    if precision == "int8" and not calibrated and version < (8, 0, 0):
+        raise Unsupported(f"TensorRT {name} cannot read Q/DQ graphs: take a calibrator, or JetPack 4.6 or later")
+    if version >= (10, 0, 0) and not calibrated:
+        return (), True
+    flags: dict[Precision, tuple[str, ...]] = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}
+    return flags[precision], False
+
+
 def build_command(
     version: Version,
     onnx: str,
@@ -63,21 +80,11 @@ def build_command(
     cannot take the graph.
     Source: NVIDIA/TensorRT, samples/common/sampleOptions.cpp at 7.1.3, 8.0.1, 8.2.1, 8.4.1, 8.5.2, v8.6.1, v10.3.0, v10.16, v11.1.
     """
-    name = ".".join(map(str, version))
-    if version < (7, 1, 0):
-        raise Unsupported(f"TensorRT {name}: the command lines known here begin with 7.1; update JetPack")
-    if calibration and version >= (11, 0, 0):
-        raise Unsupported(f"TensorRT {name} has no calibrators any more: take PTQ or QAT, whose ranges stand in the graph")
-    if calibration and precision != "int8":
-        raise Unsupported(f"a calibration cache is for int8, not {precision}: leave one of them out")
-    if precision == "int8" and not calibration and version < (8, 0, 0):
-        raise Unsupported(f"TensorRT {name} cannot read Q/DQ graphs: take a calibrator, or JetPack 4.6 or later")
-    typed = version >= (10, 0, 0) and not calibration
-    flags = {"fp32": [], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[precision]
+    flags, typed = number_types(version, precision, bool(calibration))
     return [
         trtexec, f"--onnx={onnx}", f"--saveEngine={engine}",
         *(["--explicitBatch"] if version < (8, 0, 0) else []),
-        *((["--stronglyTyped"] if version < (11, 0, 0) else []) if typed else flags),
+        *(["--stronglyTyped"] if typed and version < (11, 0, 0) else [f"--{flag.lower()}" for flag in flags]),
         *([f"--calib={calibration}"] if calibration else []),
         "--noTF32",  # FP32 would be TF32 on Orin
         f"--memPoolSize=workspace:{WORKSPACE_MIB}" if version >= (8, 4, 0) else f"--workspace={WORKSPACE_MIB}",

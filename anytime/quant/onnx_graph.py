@@ -6,86 +6,23 @@ like the network. Opset 13 and IR 7 load on every board that we know.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from operator import add, getitem
-from typing import Any, NamedTuple
+from operator import getitem
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from anytime.errors import Unsupported
-from anytime.layers import MixedPool2d, ZeroPadShortcut
 from anytime.model import AnytimeModel, Segment
-from anytime.quant.fake import FakeQuant, QConv2d, QLinear
+from anytime.quant import onnx_ops
+from anytime.quant.fake import FakeQuant
+from anytime.quant.onnx_writer import Q, Value, Writer, integer_type
 from anytime.quant.trace import PASS_CALLS, PASS_METHODS, PASS_MODULES
 
 OPSET, IR = 13, 7
-
-
-class Q(NamedTuple):
-    """The grid that a tensor lies on, as names in the graph; ``integers`` is the tensor behind the DQ."""
-
-    quant: FakeQuant
-    scale: str
-    zero_point: str
-    integers: str
-
-
-class Value(NamedTuple):
-    """A float tensor of the graph; ``q`` when a DQ made it."""
-
-    name: str
-    q: Q | None = None
-
-
-@dataclass
-class Writer:
-    """Builds one graph."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
-    grids: dict[int, tuple[str, str]] = field(default_factory=dict)
-
-    def constant(self, name: str, value: NDArray[Any]) -> str:
-        """Name of an initializer."""
-        self.initializers.setdefault(name, numpy_helper.from_array(np.array(value, order="C"), name))
-        return name
-
-    def op(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """Add a node; answer the name of its output."""
-        self.nodes.append(helper.make_node(kind, inputs, [f"{name}:out"], name, **attributes))
-        return f"{name}:out"
-
-    def quantize(self, value: str, quant: FakeQuant, name: str) -> Value:
-        """Q and DQ behind a float tensor."""
-        scale, zero_point = self._grid(quant, name)
-        integers = self.op("QuantizeLinear", [value, scale, zero_point], f"{name}/Q")
-        return self.dequantize(Q(quant, scale, zero_point, integers), name)
-
-    def dequantize(self, q: Q, name: str) -> Value:
-        """A float tensor from integers."""
-        return Value(self.op("DequantizeLinear", [q.integers, q.scale, q.zero_point], f"{name}/DQ"), q)
-
-    def _grid(self, quant: FakeQuant, name: str) -> tuple[str, str]:
-        if id(quant) not in self.grids:
-            scale = self.constant(f"{name}/scale", np.array(quant.scale.item(), np.float32))
-            zero = self.constant(f"{name}/zero_point", np.array(quant.zero_point.item(), integer_type(quant)))
-            self.grids[id(quant)] = (scale, zero)
-        return self.grids[id(quant)]
-
-
-def integer_type(quant: FakeQuant) -> type[np.generic]:
-    """numpy type that holds this grid's integers."""
-    if quant.bits <= 8:
-        return np.int8 if quant.signed else np.uint8
-    return np.int16 if quant.signed else np.uint16
 
 
 class OnnxChain:
@@ -161,18 +98,13 @@ def _out_quant(stage: fx.GraphModule, entering: Any) -> Any:
             held = of(node.args[0])
             return held[node.args[1]] if isinstance(held, tuple) else held
         if node.target is torch.cat:
-            return _one(set(of(node.args[0])))
+            return onnx_ops.one_grid(set(of(node.args[0])))
         module = stage.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, FakeQuant):
             return module
         return of(node.args[0]) if _moves(node, module) else None
 
     return of(stage.graph.output_node().args[0])
-
-
-def _one(grids: set[FakeQuant | None]) -> FakeQuant | None:
-    """The one grid that everything which is concatenated shares, as TensorRT wants it; None where they differ or are float."""
-    return next(iter(grids)) if len(grids) == 1 else None
 
 
 def _moves(node: fx.Node, module: nn.Module | None) -> bool:
@@ -188,7 +120,7 @@ def _enter(w: Writer, described: Any, name: str, channels_last: bool) -> tuple[l
     if quant is None:
         return [info], Value(name)
     integers = w.op("Transpose", [name], f"{name}/NCHW", perm=[0, 3, 1, 2]) if turned else name
-    scale, zero_point = w._grid(quant, name)
+    scale, zero_point = w.grid(quant, name)
     return [info], w.dequantize(Q(quant, scale, zero_point, integers), name)
 
 
@@ -234,195 +166,12 @@ def _link(w: Writer, link: nn.Module, path: str, value: Any, int_bias: bool) -> 
         elif node.op == "call_module":
             module = link.get_submodule(node.target)
             used = sum(n.op == "call_module" and n.target == node.target for n in link.graph.nodes)
-            values[node] = _module(w, module, name if used == 1 else f"{path}.{node.name}", get(node.args[0]), int_bias)
+            values[node] = onnx_ops.module(w, module, name if used == 1 else f"{path}.{node.name}", get(node.args[0]), int_bias)
         else:
-            values[node] = _call(w, node, name, [get(a) for a in node.args], {k: get(v) for k, v in node.kwargs.items()})
+            values[node] = onnx_ops.call(w, node, name, [get(a) for a in node.args], {k: get(v) for k, v in node.kwargs.items()})
     raise AssertionError("a graph without an output")
 
 
 def _attribute(root: nn.Module, target: str) -> Tensor:
     parent, _, leaf = target.rpartition(".")
     return getattr(root.get_submodule(parent), leaf)  # type: ignore[no-any-return]
-
-
-def _module(w: Writer, m: nn.Module, name: str, x: Value, int_bias: bool) -> Value:
-    if isinstance(m, FakeQuant):
-        return w.quantize(x.name, m, name)
-    if isinstance(m, ZeroPadShortcut):
-        return _zero_pad(w, m, name, x, int_bias)
-    for kind, emit in EMIT.items():
-        if isinstance(m, kind):
-            return (
-                _keep(w, emit(w, m, name, x, int_bias), x, name)
-                if isinstance(m, PASS_MODULES)
-                else Value(emit(w, m, name, x, int_bias))
-            )
-    raise Unsupported(f"{name}: no ONNX form is known for {type(m).__name__}")
-
-
-def _keep(w: Writer, out: str, x: Value, name: str) -> Value:
-    """What only moves values stays in integers: the same grid behind it, so that an engine runs it between Q and DQ."""
-    if x.q is None or out == x.name:
-        return Value(out, x.q)
-    return w.dequantize(x.q._replace(integers=w.op("QuantizeLinear", [out, x.q.scale, x.q.zero_point], f"{name}/Q")), name)
-
-
-def _weight(w: Writer, m: QConv2d | QLinear | nn.Conv2d | nn.Linear, name: str, x: Value, int_bias: bool) -> list[str]:
-    """Names of the weight [O, ...] (a linear's transposed [I, O]) and the bias as the layer multiplies them."""
-    flip = isinstance(m, nn.Linear)
-    if isinstance(m, QConv2d | QLinear):
-        assert x.q is not None, f"{name} reads a tensor without a quantizer"
-        kind = np.int8 if m.weight_bits <= 8 else np.int16
-        q = m.integers().detach().numpy().astype(kind)
-        scale = w.constant(f"{name}.weight/scale", m.weight_scale.numpy())
-        zero = w.constant(f"{name}.weight/zero_point", np.zeros(len(q), kind))
-        integers = w.constant(f"{name}.weight", q.T if flip else q)
-        names = [w.op("DequantizeLinear", [integers, scale, zero], f"{name}.weight/DQ", axis=1 if flip else 0)]
-        if m.bias is not None and int_bias:
-            step = (x.q.quant.scale * m.weight_scale).numpy().astype(np.float32)
-            counts = np.clip(np.rint(m.bias.detach().numpy().astype(np.float64) / step), -(2**31), 2**31 - 1).astype(np.int32)
-            b_scale = w.constant(f"{name}.bias/scale", step)
-            b_zero = w.constant(f"{name}.bias/zero_point", np.zeros(len(step), np.int32))
-            return [
-                *names,
-                w.op("DequantizeLinear", [w.constant(f"{name}.bias", counts), b_scale, b_zero], f"{name}.bias/DQ", axis=0),
-            ]
-    else:
-        weight = m.weight.detach().float().numpy()
-        names = [w.constant(f"{name}.weight", weight.T if flip else weight)]
-    if m.bias is not None:
-        names.append(w.constant(f"{name}.bias", m.bias.detach().float().numpy()))
-    return names
-
-
-def _conv(w: Writer, m: nn.Conv2d, name: str, x: Value, int_bias: bool) -> str:
-    if isinstance(m.padding, str) or m.padding_mode != "zeros":
-        raise Unsupported(
-            f"{name}: padding {m.padding!r} with mode {m.padding_mode!r} has no ONNX form here; use zeros and numbers"
-        )
-    return w.op(
-        "Conv", [x.name, *_weight(w, m, name, x, int_bias)], name, kernel_shape=list(m.kernel_size), strides=list(m.stride),
-        pads=list(m.padding) * 2, dilations=list(m.dilation), group=m.groups,
-    )  # fmt: skip
-
-
-def _linear(w: Writer, m: nn.Linear, name: str, x: Value, int_bias: bool) -> str:
-    return w.op("Gemm", [x.name, *_weight(w, m, name, x, int_bias)], name)
-
-
-def _pair(v: Any) -> list[int]:
-    return list(v) if isinstance(v, tuple | list) else [v, v]
-
-
-def _max_pool(w: Writer, m: nn.MaxPool2d, name: str, x: Value, _: bool) -> str:
-    return w.op(
-        "MaxPool", [x.name], name, kernel_shape=_pair(m.kernel_size), strides=_pair(m.stride), pads=_pair(m.padding) * 2,
-        dilations=_pair(m.dilation), ceil_mode=int(m.ceil_mode),
-    )  # fmt: skip
-
-
-def _avg_pool(w: Writer, m: nn.AvgPool2d, name: str, x: Value, _: bool) -> str:
-    if m.ceil_mode or m.divisor_override:
-        raise Unsupported(
-            f"{name}: AvgPool2d with ceil_mode or divisor_override differs between torch and ONNX; write it without"
-        )
-    return w.op(
-        "AveragePool", [x.name], name, kernel_shape=_pair(m.kernel_size), strides=_pair(m.stride), pads=_pair(m.padding) * 2,
-        count_include_pad=int(m.count_include_pad),
-    )  # fmt: skip
-
-
-def _adaptive_pool(w: Writer, m: nn.AdaptiveAvgPool2d, name: str, x: Value, _: bool) -> str:
-    if _pair(m.output_size) != [1, 1]:
-        raise Unsupported(f"{name}: AdaptiveAvgPool2d to {m.output_size} has no ONNX form; use 1x1 or AvgPool2d")
-    return w.op("GlobalAveragePool", [x.name], name)
-
-
-def _batch_norm(w: Writer, m: nn.BatchNorm2d, name: str, x: Value, _: bool) -> str:
-    assert m.running_mean is not None and m.running_var is not None
-    ones, zeros = torch.ones_like(m.running_mean), torch.zeros_like(m.running_mean)
-    parts = {"weight": ones if m.weight is None else m.weight, "bias": zeros if m.bias is None else m.bias,
-             "mean": m.running_mean, "var": m.running_var}  # fmt: skip
-    names = [w.constant(f"{name}.{k}", v.detach().float().numpy()) for k, v in parts.items()]
-    return w.op("BatchNormalization", [x.name, *names], name, epsilon=m.eps)
-
-
-def _flatten(w: Writer, m: nn.Flatten, name: str, x: Value, _: bool) -> str:
-    if (m.start_dim, m.end_dim) != (1, -1):
-        raise Unsupported(f"{name}: Flatten({m.start_dim}, {m.end_dim}) has no ONNX form here; flatten from 1 to the end")
-    return w.op("Flatten", [x.name], name, axis=1)
-
-
-def _lrn(w: Writer, m: nn.LocalResponseNorm, name: str, x: Value, _: bool) -> str:
-    return w.op("LRN", [x.name], name, size=m.size, alpha=m.alpha, beta=m.beta, bias=m.k)
-
-
-def _zero_pad(w: Writer, m: ZeroPadShortcut, name: str, x: Value, int_bias: bool) -> Value:
-    # ONNX Runtime pads integers but does not fuse a Pad between DQ and Q; TensorRT wants them around it.
-    whole = x.q if int_bias else None
-    out = whole.integers if whole else x.name
-    if m.stride > 1:
-        bounds = {"starts": [0, 0], "ends": [2**31 - 1] * 2, "axes": [2, 3], "steps": [m.stride] * 2}
-        out = w.op(
-            "Slice", [out, *(w.constant(f"{name}/{k}", np.array(v, np.int64)) for k, v in bounds.items())], f"{name}/Slice"
-        )
-    pads = w.constant(f"{name}/pads", np.array([0, m.front, 0, 0, 0, m.back, 0, 0], np.int64))
-    if whole:
-        return w.dequantize(whole._replace(integers=w.op("Pad", [out, pads, whole.zero_point], name)), name)
-    return _keep(w, w.op("Pad", [out, pads], name), x, name)
-
-
-def _mixed_pool(w: Writer, m: MixedPool2d, name: str, x: Value, _: bool) -> str:
-    alpha = m.alpha.detach().float().numpy()
-    shares = {"Max": alpha, "Average": np.float32(1) - alpha}
-    parts = []
-    for kind, share in shares.items():
-        pooled = w.op(f"{kind}Pool", [x.name], f"{name}/{kind}Pool", kernel_shape=[m.size] * 2, strides=[m.size] * 2)
-        parts.append(w.op("Mul", [pooled, w.constant(f"{name}/{kind}", share)], f"{name}/{kind}Mul"))
-    return w.op("Add", parts, name)
-
-
-def _relu6(w: Writer, m: nn.Hardtanh, name: str, x: Value, _: bool) -> str:
-    low = w.constant(f"{name}/low", np.array(m.min_val, np.float32))
-    return w.op("Clip", [x.name, low, w.constant(f"{name}/high", np.array(m.max_val, np.float32))], name)
-
-
-def _simple(kind: str) -> Callable[..., str]:
-    return lambda w, m, name, x, _: w.op(kind, [x.name], name)
-
-
-EMIT: dict[type[nn.Module], Callable[[Writer, Any, str, Value, bool], str]] = {
-    nn.Conv2d: _conv,
-    nn.Linear: _linear,
-    nn.BatchNorm2d: _batch_norm,
-    nn.ReLU: _simple("Relu"),
-    nn.Hardtanh: _relu6,
-    nn.Sigmoid: _simple("Sigmoid"),
-    nn.Tanh: _simple("Tanh"),
-    nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _avg_pool,
-    nn.AdaptiveAvgPool2d: _adaptive_pool,
-    nn.Flatten: _flatten,
-    nn.LocalResponseNorm: _lrn,
-    MixedPool2d: _mixed_pool,
-    nn.Dropout: lambda w, m, name, x, _: x.name,
-    nn.Identity: lambda w, m, name, x, _: x.name,
-}
-
-
-def _call(w: Writer, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    target = node.target
-    if target in (add, torch.add, "add"):
-        return Value(w.op("Add", [args[0].name, args[1].name], name))
-    if target in (torch.relu, F.relu, "relu"):
-        return Value(w.op("Relu", [args[0].name], name))
-    if target is torch.cat:
-        out = w.op("Concat", [v.name for v in args[0]], name, axis=kwargs.get("dim", args[1] if len(args) > 1 else 0))
-        return _keep(w, out, args[0][0], name) if _one({v.q and v.q.quant for v in args[0]}) else Value(out)
-    if target is F.adaptive_avg_pool2d and _pair(args[1]) == [1, 1]:
-        return Value(w.op("GlobalAveragePool", [args[0].name], name))
-    if target == "detach":
-        return args[0]  # type: ignore[no-any-return]
-    if target in (torch.flatten, "flatten") and tuple(args[1:2] or kwargs.values()) == (1,):
-        return _keep(w, w.op("Flatten", [args[0].name], name, axis=1), args[0], name)
-    raise Unsupported(f"{name}: no ONNX form is known for {getattr(target, '__name__', target)}")
