@@ -8,15 +8,12 @@ exit shares on unlabelled calibration images, and refitted. Budgets are fraction
 training seed: the floor of FP32 trained again is there with train_seeds=(0, 1), which trains. It has not been run yet.
 """
 
-from dataclasses import replace
-
 from anytime.backends.float import Float32
 from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.ptq import PTQ
 from anytime.config import ARMS, Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
 from anytime.datasets.mnist import MNIST
-from anytime.losses import Rising
 from anytime.models.branchynet import BAlexNet, BLeNet
 from anytime.models.sdn import SDN
 from anytime.policies.confidence import Entropy, Margin, MaxProb
@@ -25,9 +22,7 @@ from anytime.policies.oracle import Oracle
 from anytime.policies.patience import Patience
 from anytime.policies.random import Random
 from anytime.policies.ztw import ZTW
-from experiments.common import branchy_recipe, cifar_recipe
-
-SDN20 = replace(cifar_recipe(Rising()), epochs=30, cutout=0)  # the recipe of the weights in the zoo
+from experiments.common import branchy_recipe, short_cifar_recipe
 
 EXPERIMENT = Experiment(
     name="decisions",
@@ -37,7 +32,7 @@ EXPERIMENT = Experiment(
         Suite(
             CIFAR10(),
             (BAlexNet(),),
-            others=((SDN("resnet20"), SDN20),),
+            others=((SDN("resnet20"), short_cifar_recipe()),),
         ),
     ),
     recipe=branchy_recipe(),

@@ -10,8 +10,6 @@ simulation; so the cascade is timed with the three in INT8 under ONNX Runtime, a
 were trained by recipes of their own (the networks of the zoo). One training seed. It has not been run yet.
 """
 
-from dataclasses import replace
-
 from anytime.backends.ensembles import Stack
 from anytime.backends.float import BFloat16, Float32
 from anytime.backends.onnxruntime import OnnxRuntime
@@ -24,14 +22,13 @@ from anytime.models.branchynet import BAlexNet
 from anytime.models.sdn import SDN
 from anytime.models.sparse_resnet import SparseResNet
 from anytime.policies.confidence import MaxProb
-from experiments.common import branchy_recipe, cifar_recipe
+from experiments.common import branchy_recipe, cifar_recipe, short_cifar_recipe
 
-SDN20 = replace(cifar_recipe(Rising()), epochs=30, cutout=0)  # the recipe of the weights in the zoo
 INT8 = OnnxRuntime(of=PTQ(8, 8))
 NETWORKS = (
     (BAlexNet(), branchy_recipe()),
     (SparseResNet(), cifar_recipe(Joint())),
-    (SDN("resnet20"), SDN20),
+    (SDN("resnet20"), short_cifar_recipe()),
 )
 ARITHMETICS = (INT8, PTQ(4, 8), BFloat16())
 DIFFERENT = tuple((model, backend, recipe) for (model, recipe), backend in zip(NETWORKS, ARITHMETICS, strict=True))
@@ -41,7 +38,7 @@ EXPERIMENT = Experiment(
     name="stacks",
     question="Do three differently built, differently quantized networks know more than the best of them, and is their cascade cheaper?",
     suites=(Suite(CIFAR10(), (SDN("resnet20"),)),),
-    recipe=SDN20,
+    recipe=short_cifar_recipe(),
     backends=(
         Float32(),
         *(Stack(members=(member,)) for member in dict.fromkeys(DIFFERENT + ONE_ENGINE)),
