@@ -12,7 +12,7 @@ COMMON := $(SETS) --results '$(RESULTS)' $(if $(DEBUG),--debug)
 SAYS   := $(if $(QUIET),--quiet) $(if $(JSON),--json)
 
 .DEFAULT_GOAL := help
-.PHONY: help exp list report compare cite measure board-emulated export zoo clean-cache install test check format bench smoke
+.PHONY: help exp list report compare cite measure board-emulated export zoo clean-cache install test check format bench smoke notebooks
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ board-emulated: $(BIN)/.installed-boards ## answers of an emulated aarch64 board
 
 export: $(BIN)/.installed ## write the network CELL (a key, or EXP and words of its row) to TO; POLICY= BUDGET= SINGLE=1
 	@$(ANYTIME) export $(CELL) --to '$(TO)' $(COMMON) $(if $(POLICY),--policy '$(POLICY)') $(if $(BUDGET),--budget $(BUDGET)) $(if $(SINGLE),--single-file) $(if $(QUIET),--quiet)
+
+notebooks: $(BIN)/.installed-test ## execute the notebooks and write what they give
+	$(BIN)/python notebooks/execute.py
 
 zoo: $(BIN)/.installed ## keep the networks that EXP has trained in results/zoo
 	@$(ANYTIME) zoo '$(EXP)' $(COMMON)

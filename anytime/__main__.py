@@ -8,7 +8,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
                 action="append",
                 default=[],
                 metavar="NAME=V",
-                help="accuracy=0.3 (points), size_bytes=1.02 (ratio); may be repeated",
+                help="accuracy=0.3 (points), size_bytes=1.02 (a ratio), any metric of a table's CSV; may be repeated",
             )
             continue
         if name == "export":
@@ -147,6 +146,11 @@ def _run(args: argparse.Namespace) -> int:
         n = len(runner.todo())
         bars.log(f"{exp.name}: {n} facts to do" if n else f"{exp.name}: everything is there; FORCE=1 (--force) runs it again")
         runner.run(args.jobs)
+        if "html" in formats:
+            from anytime.page.pictures import keep
+
+            for path in keep(exp, args.results):
+                bars.log(f"wrote {path}")
     _write_reports([exp.name], formats, args)
     failed = [reason for fact_state, reason in runner.states() if fact_state == "fail"]
     if failed:
@@ -205,7 +209,7 @@ def _report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"experiments": names, "wrong": wrong}, indent=1))
     elif not args.quiet and not wrong:
-        print(f"{len(names)} experiments: every table is what its records give, byte by byte; every figure can be drawn")
+        print(f"experiments: {len(names)}; every table is what its records give, byte by byte; every figure can be drawn")
     for sentence in wrong:
         print(f"anytime: {sentence}", file=sys.stderr)
     return 1 if wrong else 0
@@ -259,7 +263,7 @@ def _list(args: argparse.Namespace) -> int:
     from anytime.listing import listing
 
     said = listing(experiment(args.experiment, args.sets), args.results)
-    print(json.dumps(asdict(said), indent=1) if args.json else said.text())
+    print(json.dumps(vars(said), indent=1) if args.json else said.text())
     return 0
 
 

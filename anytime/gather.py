@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from anytime import record
+from anytime.metrics import METRICS
 from anytime.record import Record
 
 Row = dict[str, Any]
@@ -28,6 +29,27 @@ _NEEDED = {  # what the fold cannot do without; every other key may be absent
 def listed(text: str) -> tuple[str, ...]:
     """The words of ``text``."""
     return tuple(text.split())
+
+
+_IS: dict[str, dict[str, tuple[type, ...]]] = {  # what a name holds, where it is there at all
+    "facts": {
+        **dict.fromkeys(listed("device versions git net"), (dict,)),
+        **dict.fromkeys(listed("model dataset backend column execution session question unjudged policy_label arm"), (str,)),
+        **dict.fromkeys(listed("position size_bytes suite budget"), (int, float)),
+        "input_shape": (list,),
+    },
+    "spec": {"model": (dict,), "seed": (int,), "train_seed": (int,)},
+    "points": {
+        **dict.fromkeys(METRICS, (int, float)),
+        **dict.fromkeys(
+            listed("n_right budget policy_position own_macs activation_bytes spent_val own_latency_ms_p50 same_answers"),
+            (int, float),
+        ),
+        **dict.fromkeys(listed("policy_label arm currency taken right budgets_of"), (str,)),
+        **{"exit": (int,), "n": (int,), "share": (list,), "limits": (dict,), "curve": (dict,), "reference": (dict,)},
+    },
+    "layers": {**dict.fromkeys(listed("macs weight_bits activation_bits sqnr_db"), (int, float)), "layer": (str,)},
+}
 
 
 class Asked(NamedTuple):
@@ -102,11 +124,20 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
                 f"the {r.kind} record {path} lacks {' or '.join(sorted(needed))}: remove it; what it held is run again"
             )
             continue
+        if wrong := odd(r):
+            troubles.append(
+                f"the {r.kind} record {path} is not as it was written ({wrong}): remove it; what it held is run again"
+            )
+            continue
         timed = r.kind in ("measure", "replay")
         if timed and (r.facts.get("device") or {}).get("emulated") == "yes":
             troubles.append(f"the {r.kind} record {path} is of an emulated board, whose times mean nothing: it is in no table")
             continue
         if newest[r.fact][1] != path and not timed:  # times are pooled
+            if r.kind == newest[r.fact][0].kind and _scores(r) != _scores(newest[r.fact][0]):
+                troubles.append(
+                    f"the {r.kind} record {path} says other numbers of its fact than {newest[r.fact][1]}, which is newer and used"
+                )
             continue
         spec = {name: value for name, value in r.spec.items() if name != "train_seed"}
         network, seed = networks.setdefault(key_of(spec), Network(spec)), train_seed_of(r)
@@ -127,6 +158,37 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
             network.missed.append(r)
     name_variants(list(networks.values()))
     return sorted(networks.values(), key=lambda n: (n.facts["position"], n.variant, key_of(n.spec)))
+
+
+def odd(r: Record) -> str:
+    """What in ``r`` cannot be, for it was edited by hand or is of a version that meant something else; empty where nothing is."""
+    points, layers = r.exits + r.points, r.layers if r.kind == "eval" else []
+    for where, said in (("facts", [r.facts]), ("spec", [r.spec]), ("points", points), ("layers", layers)):
+        for name, kinds in _IS[where].items():
+            for value in (row[name] for row in said if name in row):
+                fits = isinstance(value, kinds) and not isinstance(value, bool)
+                if not fits and not (
+                    value is None and float in kinds and where in ("points", "layers")
+                ):  # a number that was not taken
+                    return f"{name} is {value!r}"
+    for point in points:
+        exit, n, accuracy = point.get("exit", 0), point.get("n", 1), point.get("accuracy", 0)
+        if exit is None or exit < 0 or n is None or n < 1:
+            return f"exit is {exit!r}, n is {n!r}"
+        if accuracy is None or not 0 <= accuracy <= 1:
+            return f"accuracy is {accuracy!r}"
+        if point.get("n_right") is not None and not math.isclose(accuracy, point["n_right"] / n, abs_tol=0.5 / n):
+            return f"accuracy is {accuracy!r}, but n_right {point['n_right']!r} of n {n!r}"
+        if not all(isinstance(share, int | float) for share in point.get("share") or ()):
+            return f"share is {point['share']!r}"
+    for layer in layers:
+        if lacking := [name for name in ("layer", "macs", "weight_bits", "activation_bits") if layer.get(name) is None]:
+            return f"a layer lacks its {lacking[0]}"
+    return ""
+
+
+def _scores(r: Record) -> list[list[Any]]:
+    return [[point.get(name) for name in ("exit", "accuracy", "macs")] for point in r.exits + r.points]
 
 
 def asked_of(r: Record, said: Row) -> Asked:

@@ -122,7 +122,7 @@ def experiments(root: Path) -> list[str]:
 def read(path: Path) -> Record:
     """One record; CorruptFile says what is wrong with the file."""
     try:
-        said = json.loads(path.read_text())
+        said = json.loads(path.read_text(), parse_constant=_no_number)
     except (OSError, ValueError) as error:
         raise CorruptFile(f"the record {path} cannot be read ({error}): remove it; what it held is run again") from error
     if not isinstance(said, dict) or said.get("kind") not in KINDS:
@@ -139,6 +139,10 @@ def read(path: Path) -> Record:
         said_odd = f"does not fit schema {SCHEMA} (fields: {', '.join(sorted(odd))})"
         raise CorruptFile(f"the record {path} {said_odd}: remove it; what it held is run again")
     return Record(**said)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"it holds {text}, which we never write")
 
 
 def newest(records: Sequence[tuple[Record, Path]]) -> dict[str, tuple[Record, Path]]:

@@ -268,14 +268,17 @@ class Fold:
             return None
         try:
             if asked.exit is not None:
-                return np.asarray(right[asked.exit])
+                answered = np.asarray(right[asked.exit])
+                if answered.sum() != point.get("n_right", answered.sum()):
+                    raise ValueError("its predictions and its record differ")
+                return answered
             if "right" in point:  # it answers more than the class of the exit taken
                 return np.unpackbits(unpacked(point["right"]), count=right.shape[1]).astype(bool)
             exits = unpacked(point.get("taken", ""))
             answered = np.asarray(right[exits, np.arange(right.shape[1])])
-        except (ValueError, IndexError, zlib.error):
+        except (ValueError, IndexError, zlib.error) as error:
             self.troubles.append(
-                f"{asked.policy} of cell {network.cells[seed]}: its answers cannot be read, so its loss is left out"
+                f"{asked.policy} of cell {network.cells[seed]}: its answers cannot be read ({error}), so its loss is left out"
             )
             return None
         # Without "right" a policy that answers more than the class of the exit taken cannot be known sample by sample.

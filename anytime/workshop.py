@@ -130,11 +130,11 @@ class Workshop:
             net = self.net(cell)
             t0 = perf_counter()
             held["trained_on"] = np.array(sorted(net.twin.trained_on), dtype=np.str_)
-            for i, name in enumerate(PREDICTED):
-                self.progress(f"predict {name} with {cell.model.label} {cell.backend.label}", i, len(PREDICTED))
-                if name not in there:
-                    x = getattr(parts, name).x.numpy()
-                    held[name] = net.predict(x) if len(x) else np.empty((net.n_exits, 0, parts.n_classes), np.float32)
+            lacking = [name for name in PREDICTED if name not in there]
+            for i, name in enumerate(lacking, 1):
+                x = getattr(parts, name).x.numpy()
+                held[name] = net.predict(x) if len(x) else np.empty((net.n_exits, 0, parts.n_classes), np.float32)
+                self.progress(f"predict with {cell.model.label} {cell.backend.label}", i, len(lacking))
             there = list(PREDICTED)
             held["content"] = np.array([digests[name] for name in PREDICTED])
             self.wall_s.setdefault(key(cell), {})["predict"] = perf_counter() - t0

@@ -1,5 +1,6 @@
 """The command line as a user meets it: one sentence for a mistake, the right exit code, no traceback."""
 
+import json
 import os
 import resource
 import shutil
@@ -80,6 +81,20 @@ def test_list_cite_report_and_clean_cache(ran):
     assert (ran / "results" / "tables" / "mine.md").read_bytes() == table
     code, out, _ = anytime("clean-cache", cwd=ran)
     assert code == 0 and "nothing was deleted" in out and (ran / "results" / "cache" / "trained").is_dir()
+
+
+def test_scripts_get_json_and_silence(ran, tmp_path):
+    said = json.loads(anytime("list", "mine.py", "--json", cwd=ran)[1])
+    assert said["total"] == {"done": 7, "todo": 0, "skip": 0, "fail": 0} and said["lines"][0]["dataset"].startswith("Synthetic")
+    assert "BranchyNet" in json.loads(anytime("cite", "mine.py", "--json", cwd=ran)[1])["BLeNet"]
+    shutil.copytree(ran / "results", tmp_path / "r")
+    for path in (tmp_path / "r" / "records" / "mine").glob("*-decide-*.json"):
+        path.unlink()
+    code, out, err = anytime("run", "mine.py", "--quiet", "--json", "--results", tmp_path / "r", cwd=ran)
+    said = json.loads(out)
+    assert (code, err) == (0, "") and said["exp"] == "mine" and {row["status"] for row in said["rows"]} == {"done"}
+    assert anytime("run", "mine.py", "--quiet", cwd=ran) == (0, "", "")
+    assert anytime("compare", "mine", tmp_path / "r", "--quiet", cwd=ran) == (0, "", "")
 
 
 def test_the_table_can_be_made_without_torch(ran):

@@ -153,6 +153,7 @@ TORN = {
     "a field too few": (json.dumps({k: v for k, v in asdict(a_record()).items() if k != "fact"}), "fact"),
     "a wrong type": (json.dumps(asdict(a_record()) | {"exits": None}), "exits"),
     "a wrong row": (json.dumps(asdict(a_record()) | {"points": [3]}), "points"),
+    "not a number": (json.dumps(asdict(a_record(exits=[{"accuracy": float("nan")}]))), "holds NaN"),
     "a wrong schema": (json.dumps(asdict(a_record()) | {"schema": "1"}), "schema"),
 }
 

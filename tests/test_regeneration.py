@@ -29,7 +29,7 @@ def check(results, *more):
 def test_what_was_just_written_is_found_equal_and_nothing_is_written(results, capsys):
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
     assert check(results) == 0
-    assert "1 experiments: every table is what its records give" in capsys.readouterr().out
+    assert "experiments: 1; every table is what its records give" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*")} == before
 
 
@@ -48,7 +48,7 @@ def test_a_changed_digit_in_a_record_is_caught(results, capsys):
     path = next((results / "records" / "golden").glob("*-eval-lenet-fp32-0-eval.json"))
     path.write_text(path.read_text().replace('"macs": 100000', '"macs": 100001'))
     assert check(results, "--quiet") == 1
-    assert "golden.md is not what its records give" in capsys.readouterr().err
+    assert "golden.csv is not what its records give" in capsys.readouterr().err
 
 
 def test_a_lost_table_and_one_without_records_are_caught(results, capsys):

@@ -12,7 +12,8 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "errors": "", "stops": "", "cpu": "", "layers": "", "forms": "", "machine": "",
     "spec": "", "metrics": "", "record": "",
     "progress": "", "augment": "dataset", "osgd": "",
-    "gather": "record", "decided": "decisions metrics gather", "rows": "metrics record gather decided", "figures": "metrics record decided",
+    "gather": "metrics record", "decided": "decisions metrics gather",
+    "rows": "metrics record gather decided", "figures": "metrics record decided",
     "tables": "metrics rows decided conversions", "report": "rows styles tables", "page": "record gather decided metrics rows tables",
     "styles": "", "conversions": "rows", "compare": "metrics record gather rows styles",
     "model": "spec", "dataset": "spec metrics", "policy": "spec metrics stops", "threshold": "metrics policy",
@@ -49,7 +50,8 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
 
 HEAVY = {  # vendor -> rooms that may import it at the top of a file; the others only inside a method
     "torch": {
-        *("model", "layers", "forms", "dataset", "augment", "losses", "train", "quant", "backend", "cost", "combiners", "ensemble_net", "ensemble"),
+        *("model", "layers", "forms", "dataset", "augment", "losses", "train", "quant", "backend", "cost"),
+        *("combiners", "ensemble_net", "ensemble"),
         *("models", "datasets", "backends", "boards"),
         *("workshop", "scoring", "run", "machine", "osgd", "onnx_net", "peer", "tf", "keras_layers", "keras_chain", "tflite_net"),
     },

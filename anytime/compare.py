@@ -1,0 +1,329 @@
+"""Two experiments, or two runs of one, side by side: what got worse, what better, and what only one of them has."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from anytime import record
+from anytime.errors import UsageError, near
+from anytime.gather import Asked, Network, Row, asked_of, gather, key_of
+from anytime.metrics import METRICS, Interval, paired_loss
+from anytime.rows import Fold, absent, ms_by_session, provenance
+from anytime.styles import md_table
+
+TOLERANCES = {"accuracy": 0.5, "agreement": 0.5, "int8_macs_share": 1.0, "latency_ms_mean": 1.1, "size_bytes": 1.01, "macs": 1.01}
+
+
+def unit(metric: str) -> str:
+    """In what a difference of ``metric`` is said: "points" of what is a share, else "x", the ratio B / A."""
+    return "points" if METRICS[metric].unit in ("%", "points") else "x"
+
+
+def tolerances(said: Sequence[str]) -> dict[str, float]:
+    """``TOLERANCES`` changed by "accuracy=0.3", "latency_ms_mean=1.2x", several with commas; UsageError for what cannot be meant."""
+    known = [name for name, metric in METRICS.items() if metric.better and not name.endswith("_upper")]
+    allowed = dict(TOLERANCES)
+    for text in (part.strip() for more in said for part in more.split(",")):
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise UsageError(f"--tolerance {text}: there is no metric {name!r}; {near(name, known)}")
+        least = 0.0 if unit(name) == "points" else 1.0
+        try:
+            allowed[name] = float(value.strip().removesuffix(unit(name)))
+        except ValueError:
+            allowed[name] = -1.0
+        if not least <= allowed[name] < math.inf:
+            raise UsageError(
+                f"--tolerance {text}: give a number of {least:g} or more in {unit(name)}, as in {name}={least + 0.5:g}"
+            )
+    return allowed
+
+
+@dataclass
+class Pair:
+    """One number of A beside the same one of B. ``value``, ``lo`` and ``hi``: B - A in points, or B / A; no limits: None."""
+
+    dataset: str
+    network: str
+    backend: str
+    asked: str
+    board: str
+    metric: str
+    a: Any
+    b: Any
+    value: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    how: str = ""
+    verdict: str = ""
+
+
+@dataclass
+class Comparison:
+    """What two sides say. ``pairs`` in the order of A; the other fields hold a sentence each."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    only_a: list[str] = field(default_factory=list)
+    only_b: list[str] = field(default_factory=list)
+    made_a: list[str] = field(default_factory=list)
+    made_b: list[str] = field(default_factory=list)
+    troubles: list[str] = field(default_factory=list)
+
+    def count(self, verdict: str) -> int:
+        """Pairs of this verdict."""
+        return sum(pair.verdict == verdict for pair in self.pairs)
+
+
+class Side(NamedTuple):
+    """One experiment of one side: networks by what they are called, rows by what is asked and on which board."""
+
+    fold: Fold
+    networks: dict[tuple[str, ...], Network]
+    made: list[str]
+
+
+def sides(said: str, results: Path) -> dict[str, Path]:
+    """Experiment -> folder of records: of a results folder, of a folder with the records of one, or of a name under ``results``."""
+    path, root = Path(said), results / "records"
+    if path.is_dir():
+        path = path / "records" if (path / "records").is_dir() else path
+        if any(path.glob("*.json")):
+            return {path.resolve().name: path.resolve().parent}
+        if found := dict.fromkeys(record.experiments(path), path):
+            return found
+    names = record.experiments(root)
+    if said in names:
+        return {said: root}
+    raise UsageError(f"{said!r} is neither a folder with records nor an experiment with records in {root}; {near(said, names)}")
+
+
+def compare(a: str, b: str, results: Path, allowed: Mapping[str, float]) -> Comparison:
+    """A beside B, paired by network, backend, and exit or policy; experiments of other names where each side has but one.
+
+    Accuracies are paired sample by sample where both sides hold predictions of the same test labels under the same training seeds
+    (Tango's interval, averaged over seeds), else apart. Times have an interval where both were measured in several sessions. A pair
+    is worse when it is so by more than is allowed *and* its interval, if it has one, says so too. UsageError where nothing is paired.
+    """
+    left, right, said = sides(a, results), sides(b, results), Comparison()
+    alone = len(left) == len(right) == 1
+    names = list(zip(left, right, strict=True)) if alone else [(name, name) for name in left if name in right]
+    said.only_a += [f"the experiment {name}" for name in left if not alone and name not in right]
+    said.only_b += [f"the experiment {name}" for name in right if not alone and name not in left]
+    for one, other in names:
+        _compare(_side(left[one], one, said), _side(right[other], other, said), allowed, said)
+    if not said.pairs:
+        raise UsageError(f"{a} and {b} have nothing in common: no network, backend and exit or policy stands in both")
+    return said
+
+
+def _side(root: Path, exp: str, said: Comparison) -> Side:
+    loaded = record.load(root, exp)
+    said.troubles += loaded.troubles
+    networks = gather(loaded.records, said.troubles)
+    called = {
+        (*(n.label(name) for name in ("dataset", "model", "backend")), n.variant, key_of([n.spec.get("seed"), n.facts.get("suite", 0)])): n
+        for n in networks
+    }  # fmt: skip
+    return Side(Fold(networks, said.troubles), called, provenance(networks))
+
+
+def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -> None:
+    said.made_a += [line for line in a.made if line not in b.made]
+    said.made_b += [line for line in b.made if line not in a.made]
+    for name, ours in a.networks.items():
+        theirs = b.networks.get(name)
+        if theirs is None:
+            said.only_a.append(_called(name))
+            continue
+        rows, others = _rows(a.fold, ours), _rows(b.fold, theirs)
+        said.only_a += [f"{_called(name)}: {_asked(asked)}{_why(theirs, asked)}" for asked in rows if asked not in others]
+        said.only_b += [f"{_called(name)}: {_asked(asked)}{_why(ours, asked)}" for asked in others if asked not in rows]
+        for asked in (asked for asked in rows if asked in others):
+            who = (name[0], f"{name[1]} ({name[3]})" if name[3] else name[1], name[2], _asked(asked))
+            for metric in allowed:
+                for board, (x, y) in _boards(metric, rows[asked], others[asked]).items():
+                    # Where others took the CPU, wall time says nothing of the network.
+                    counted = metric
+                    if metric == "latency_ms_mean" and (x["noisy"] or y["noisy"]):
+                        counted = "cpu_ms"
+                    elif metric == "latency_ms_mean" and (absent(x[metric]) or absent(y[metric])):
+                        counted = "latency_ms_p50"  # of a record without means
+                    pair = Pair(*who, board, counted, x.get(counted), y.get(counted))
+                    if not absent(pair.a) and not absent(pair.b):
+                        _measure(pair, (a.fold, ours, x), (b.fold, theirs, y), asked)
+                        _judge(pair, allowed[metric])
+                        said.pairs.append(pair)
+        said.pairs += _failures(name, ours, theirs)
+        timed, others_timed = ({board for boards in n.times.values() for board in boards} for n in (ours, theirs))
+        said.only_a += [f"{_called(name)}: its times on {board}" for board in sorted(timed - others_timed)]
+        said.only_b += [f"{_called(name)}: its times on {board}" for board in sorted(others_timed - timed)]
+    said.only_b += [_called(name) for name in b.networks if name not in a.networks]
+
+
+def _rows(fold: Fold, network: Network) -> dict[Asked, dict[str, Row]]:
+    """What is asked -> board -> row, of what was scored."""
+    found: dict[Asked, dict[str, Row]] = {}
+    for row in fold.rows_of(network):
+        board = row["board"] if row["currency"] == "ms" else ""
+        asked = Asked(row["exit"], row["policy"], row["budget"], row["currency"], row["arm"], board)
+        if row["status"] == "done" and asked in network.scores:
+            found.setdefault(asked, {})[row["board"]] = {"noisy": False} | row
+    return found
+
+
+def _boards(metric: str, ours: dict[str, Row], theirs: dict[str, Row]) -> dict[str, tuple[Row, Row]]:
+    """Board -> both rows: every board that timed both for what is timed, else one pair for all boards."""
+    if metric.startswith("latency_") or metric in ("cpu_ms", "energy_mj", "speedup", "same_exits", "accuracy_at_ms"):
+        return {board: (ours[board], theirs[board]) for board in ours if board and board in theirs}
+    return {"": (next(iter(ours.values())), next(iter(theirs.values())))}
+
+
+def _measure(pair: Pair, ours: tuple[Fold, Network, Row], theirs: tuple[Fold, Network, Row], asked: Asked) -> None:
+    """Set the difference, its limits, and where these come from."""
+    a, b = float(pair.a), float(pair.b)
+    if pair.metric == "accuracy":
+        found = _paired(ours, theirs, asked)
+        pair.how = "paired" if found else "unpaired"
+        limits = (Interval(*(row[f"accuracy{end}"] for end in ("", "_lo", "_hi"))) for row in (ours[2], theirs[2]))
+        pair.value, pair.lo, pair.hi = found or _apart(*limits)
+    elif unit(pair.metric) == "points":
+        pair.value = 100 * (b - a)
+    elif a > 0 and b > 0:
+        pair.value = b / a
+        times = [list(_sessions(side[1], asked, pair.board)) for side in (ours, theirs)]
+        if pair.metric == "latency_ms_mean" and min(map(len, times)) > 1:
+            pair.how = f"{len(times[0])} and {len(times[1])} sessions"
+            pair.lo, pair.hi = _welch(*times)
+        elif pair.board:
+            pair.how = "no interval"
+
+
+def _paired(
+    ours: tuple[Fold, Network, Row], theirs: tuple[Fold, Network, Row], asked: Asked
+) -> tuple[float, float, float] | None:
+    losses = []
+    for seed in sorted(ours[1].files.keys() & theirs[1].files.keys()):
+        x, y = (fold.right(network, asked, seed) for fold, network, _ in (ours, theirs))
+        if x is None or y is None or not np.array_equal(_labels(ours[1].files[seed]), _labels(theirs[1].files[seed])):
+            return None
+        losses.append(paired_loss(x, y))
+    if not losses or ours[1].scores[asked].keys() != theirs[1].scores[asked].keys():
+        return None
+    value, lo, hi = (100 * statistics.fmean(values) for values in list(zip(*losses, strict=True))[:3])
+    return 0.0 - value, 0.0 - hi, 0.0 - lo
+
+
+def _labels(path: Path) -> np.ndarray[Any, Any]:
+    with np.load(path) as file:  # it was read before, for its answers
+        return np.asarray(file["labels"])
+
+
+def _apart(a: Interval, b: Interval) -> tuple[float, float, float]:
+    """B - A of two samples in points. Source: Newcombe, "Interval estimation for the difference between independent proportions", 1998,
+    method 10; with the limits of whatever interval each has, as Zou and Donner, 2008.
+    """
+    value = b.value - a.value
+    lo = value - math.hypot(b.value - b.lo, a.hi - a.value)
+    return 100 * value, 100 * lo, 100 * (value + math.hypot(b.hi - b.value, a.value - a.lo))
+
+
+def _sessions(network: Network, asked: Asked, board: str) -> Iterator[float]:
+    points = network.times.get(asked, {}).get(board, [])
+    yield from (ms for session, ms in ms_by_session(points).items() if session and not absent(ms))
+
+
+def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """95 % limits of the ratio of means over sessions, on logarithms. Source: Welch, Biometrika 1947."""
+    x, y = (np.log(values) for values in (a, b))
+    parts = [values.var(ddof=1) / len(values) for values in (x, y)]
+    error = math.sqrt(sum(parts))
+    freedom = sum(parts) ** 2 / sum(p * p / (len(v) - 1) for p, v in zip(parts, (x, y), strict=True)) if error else 1.0
+    half, middle = float(stdtrit(freedom, 0.975)) * error, float(y.mean() - x.mean())
+    return math.exp(middle - half), math.exp(middle + half)
+
+
+def _judge(pair: Pair, allowed: float) -> None:
+    if pair.value is None:
+        pair.verdict = "not comparable"
+        return
+    points = unit(pair.metric) == "points"
+    least = allowed if points else math.log(allowed)
+    ends = [None if end is None else (end if points else math.log(end)) for end in (pair.value, pair.lo, pair.hi)]
+    sign = -1 if METRICS[pair.metric].better == "higher" else 1
+    value = sign * (ends[0] or 0.0)
+    sure = ends[1] is None or ends[2] is None or ends[1] > 0 or ends[2] < 0
+    if abs(value) <= least + 1e-9:
+        pair.verdict = "equal" if value == 0 else "within tolerance"
+    else:
+        pair.verdict = ("worse" if value > 0 else "better") if sure else "within noise"
+
+
+def _failures(name: tuple[str, ...], ours: Network, theirs: Network) -> Iterator[Pair]:
+    """What failed on one side only."""
+    fails = [{(r.of, r.board, asked_of(r, r.facts)): r.reason for r in n.missed if r.kind == "fail"} for n in (ours, theirs)]
+    for which, verdict in ((1, "worse"), (0, "better")):
+        for what, reason in fails[which].items():
+            if what not in fails[1 - which] and (ours, theirs)[1 - which].scores:
+                a, b = ("done", f"fail: {reason}") if which else (f"fail: {reason}", "done")
+                yield Pair(name[0], name[1], name[2], _asked(what[2]), what[1], f"status of {what[0]}", a, b, verdict=verdict)
+
+
+def _called(name: tuple[str, ...]) -> str:
+    return ", ".join(filter(None, name[:4]))
+
+
+def _asked(asked: Asked) -> str:
+    budget = "" if absent(asked.budget) else f" at {asked.budget:g} {asked.currency}".rstrip()
+    return f"{asked.policy}{budget}{f', {asked.arm}' if asked.arm else ''}"
+
+
+def _why(network: Network, asked: Asked) -> str:
+    """Why it is not there, as far as a record says it."""
+    for r in network.missed:
+        its = asked_of(r, r.facts)
+        if r.of == "eval" or (r.of == "decide" and (its.policy, its.budget, its.arm) == (asked.policy, asked.budget, asked.arm)):
+            return f" ({r.kind}: {r.reason})"
+    return ""
+
+
+def as_json(said: Comparison, allowed: Mapping[str, float]) -> str:
+    """Every pair and every sentence."""
+    return json.dumps({"worse": said.count("worse"), "tolerance": dict(allowed), **asdict(said)}, indent=1, allow_nan=False)
+
+
+def as_markdown(said: Comparison, allowed: Mapping[str, float]) -> str:
+    """A table of what differs, worst news last, as a terminal shows it; what is equal is counted."""
+    blocks = []
+    for verdict in ("not comparable", "within tolerance", "within noise", "better", "worse"):
+        own = [pair for pair in said.pairs if pair.verdict == verdict]
+        header = ["data set", "network", "backend", "exit or policy", "board", "metric", "A", "B", "difference [95 %]", "how"]
+        names = [[p.dataset, p.network, p.backend, p.asked, p.board, p.metric] for p in own]
+        if own:
+            body = [[*who, *_shown(p)] for who, p in zip(names, own, strict=True)]
+            blocks += [f"## {verdict.capitalize()}: {len(own)}", md_table(header, body)]
+    for title, lines in (("Only in A", said.only_a), ("Only in B", said.only_b), ("Made with, A", said.made_a),
+                         ("Made with, B", said.made_b), ("Unreadable", said.troubles)):  # fmt: skip
+        blocks += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
+    counts = [f"{said.count(v)} {v}" for v in ("equal", "within tolerance", "within noise", "better", "worse")]
+    limits = ", ".join(f"{name} {value:g} {unit(name)}" for name, value in allowed.items())
+    return "\n\n".join([*blocks, f"{', '.join(counts)}; tolerated: {limits}"])
+
+
+def _shown(pair: Pair) -> list[str]:
+    if pair.value is None:
+        return [str(pair.a), str(pair.b), "", pair.how]
+    metric = METRICS[pair.metric]
+    scale = {"%": 100, "points": 100, "M": 1e-6, "G": 1e-9, "MB": 1e-6}.get(metric.unit, 1)
+    told = (f"{value * scale:.{metric.digits}f} {metric.unit}".strip() for value in (pair.a, pair.b))
+    form = "+.2f" if unit(pair.metric) == "points" else ".3f"
+    limits = "" if pair.lo is None or pair.hi is None else f" [{pair.lo:{form}}, {pair.hi:{form}}]"
+    return [*told, f"{pair.value:{form}} {unit(pair.metric)}{limits}", pair.how]
