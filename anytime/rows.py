@@ -95,7 +95,8 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
     blank = {"exp": exp} | dict.fromkeys(_WORDS[1:], "") | dict.fromkeys(_TRUTH, False)
     frame = pd.DataFrame([blank | {k: v for k, v in row.items() if v is not None} for row in said], columns=COLUMNS)
     kinds = dict.fromkeys(COLUMNS, "float64") | dict.fromkeys(_WORDS, "object")
-    frame = frame.astype(kinds | dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_TRUTH, "bool"))
+    # A copy: with a type for each column pandas keeps them apart, and warns of it.
+    frame = frame.astype(kinds | dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_TRUTH, "bool")).copy()
     # Where the checkout lies is no part of a table that is committed.
     told = sorted({trouble.replace(f"{records_root}{os.sep}", "") for trouble in troubles})
     question = next((str(n.facts["question"]) for n in networks if "question" in n.facts), "")
