@@ -130,7 +130,7 @@ class Alike(Ensemble):
 
     def fresh(self, trainer: Trainer, i: int, name: str) -> tuple[AnytimeModel, Trainer]:
         """Member i before any training, and a trainer that keeps what it does under ``name``."""
-        net, own = others(self, trainer)(i, recipe=replace(trainer.recipe, start="scratch"), fresh=True)
+        net, own = others(self, trainer)(i, recipe=replace(trainer.recipe, start="scratch", trunk_epochs=0), fresh=True)
         return net, replace(own, key=f"{own.key}-{name}")
 
 

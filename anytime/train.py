@@ -45,7 +45,8 @@ class Recipe(Spec):
     ``optimizer`` and ``schedule`` are torch's own names, with further arguments as ((name, value), ...).
     ``loss`` is a strategy of losses.py. ``orthogonal`` takes later exits' gradients off the earlier ones' (OSGD), the
     whole parameter vector that both touch or each tensor by itself. ``start`` "static" begins from the weights of the same
-    network without its exits, trained by the same recipe, as BranchyNet does.
+    network without its exits, trained by the same recipe for ``trunk_epochs`` (0: as many as ``epochs``): BranchyNet's way, and
+    the mixed regime of arXiv:2407.14320 (the trunk first, then all jointly).
     ``cutout`` paints a square of so many pixels over every image, after the data set's own augmentation.
     ``precision`` "bf16" is autocast, taken where the device gains from it. ``device`` "auto" is CUDA where there is some,
     else the CPU; "cpu", "cuda" and "cuda:1" are taken at their word. ``compile`` trains through torch.compile: other last
@@ -68,16 +69,23 @@ class Recipe(Spec):
     device: str = "auto"
     compile: bool = False
     cutout: int = 0
+    trunk_epochs: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch < 1 or not self.lr > 0 or self.cutout < 0:
+        if min(self.epochs, self.trunk_epochs, self.cutout) < 0 or self.batch < 1 or not self.lr > 0:
             raise UsageError(
-                f"recipe: epochs={self.epochs}, batch={self.batch}, lr={self.lr}, cutout={self.cutout}: use epochs >= 0, "
-                "batch >= 1, lr > 0, cutout >= 0"
+                f"recipe: epochs={self.epochs}, trunk_epochs={self.trunk_epochs}, batch={self.batch}, lr={self.lr}, "
+                f"cutout={self.cutout}: use epochs >= 0, trunk_epochs >= 0, batch >= 1, lr > 0, cutout >= 0"
             )
+        if self.trunk_epochs and self.start != "static":
+            raise UsageError(f"recipe: trunk_epochs={self.trunk_epochs} are those that start='static' begins with, and start is 'scratch'")
         _torch_name(torch.optim, self.optimizer, torch.optim.Optimizer, "optimizer")
         if self.schedule != "constant":
             _torch_name(torch.optim.lr_scheduler, self.schedule, torch.optim.lr_scheduler.LRScheduler, "schedule")
+
+    def from_scratch(self) -> Recipe:
+        """How the network without exits is trained that ``start`` "static" begins from."""
+        return replace(self, start="scratch", epochs=self.trunk_epochs or self.epochs, trunk_epochs=0)
 
 
 class Others(Protocol):

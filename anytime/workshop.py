@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import shutil
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -69,7 +68,7 @@ class Workshop:
         trainer = self.trainer(data, model, recipe, train_seed, seed)
         if recipe.start == "static" and not trainer.finished():  # else nobody needs what it began from
             trunk = _trunk(model)
-            base = self.trained(data, trunk, replace(recipe, start="scratch"), train_seed, seed)
+            base = self.trained(data, trunk, recipe.from_scratch(), train_seed, seed)
             _inherit(net, base, alike=trunk == model)
         return trainer.fit(net)
 
@@ -182,7 +181,7 @@ class Workshop:
 
     def drop(self, cell: Cell) -> None:
         """Forget what the cache holds of a cell, so that it is made again."""
-        recipes = {cell.recipe, replace(cell.recipe, start="scratch")}
+        recipes = {cell.recipe, cell.recipe.from_scratch()}
         for model, recipe in product((cell.model, _trunk(cell.model)), recipes):
             name = self.trainer(cell.data, model, recipe, cell.train_seed, cell.seed).key
             for folder in (self.cache / "trained").glob(f"{name}-*"):

@@ -111,7 +111,8 @@ def built(spec: ModelSpec, data: DatasetSpec, parts: Data) -> tuple[AnytimeModel
     model = spec.build(parts.input_shape, parts.n_classes)
     held = {k: v for k, v in zoo.read(ZOO).items() if (v["model"], v["data"]) == (spec.label, data.label)}
     if held:
-        name = max(held, key=lambda k: held[k]["spec"][3]["epochs"])
+        recipes = {k: v["spec"][3] for k, v in held.items()}
+        name = max(recipes, key=lambda k: recipes[k]["epochs"] + recipes[k].get("trunk_epochs", 0))
         load_weights(model, ZOO / f"{name}.safetensors")
         return model.eval(), True
     print(f"{spec.label} is not in the zoo: untrained, its accuracy says nothing")

@@ -5,7 +5,7 @@
 SparseResNet, four exits, on CIFAR-10: eight epochs of joint SGD against the same eight epochs of OSGD, which takes the later
 exits' gradients off the earlier ones' over the whole vector of shared parameters; three training seeds, so the intervals are
 over trainings. The runs are short: they compare the two steps, not what the network can reach (exit_or_smaller trains it for
-75 epochs). It has not been run yet.
+60 epochs). It has not been run yet.
 """
 
 from dataclasses import replace

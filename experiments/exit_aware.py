@@ -14,12 +14,11 @@ from anytime.backends.mixed import MixedPrecision
 from anytime.backends.ptq import PTQ
 from anytime.config import Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
-from anytime.losses import Rising
 from anytime.models.branchynet import BAlexNet
 from anytime.models.sdn import SDN
 from anytime.policies.confidence import MaxProb
 from anytime.reach import Reach
-from experiments.common import branchy_recipe, cifar_recipe
+from experiments.common import branchy_recipe, trunk_first_recipe
 
 REACH = Reach(MaxProb(), 0.6)
 SHARE = 0.26  # of W8A8's expected BOPs: about W4A4's
@@ -28,7 +27,7 @@ EXPERIMENT = Experiment(
     name="exit_aware",
     question="Does it pay to quantize an anytime network by what its exits do?",
     suites=(Suite(CIFAR10(), (SDN("resnet56"),), others=((BAlexNet(), branchy_recipe()),)),),
-    recipe=cifar_recipe(Rising()),
+    recipe=trunk_first_recipe(),
     backends=(
         Float32(),
         *(PTQ(4, a, add_bits=8, reach=reach) for a in (8, 4) for reach in (None, REACH)),

@@ -13,13 +13,13 @@ from anytime.backends.ptq import PTQ
 from anytime.boards.host import Host
 from anytime.config import Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
-from anytime.losses import Joint, Rising
+from anytime.losses import Joint
 from anytime.models.branchynet import BAlexNet
 from anytime.models.sdn import SDN
 from anytime.models.sparse_resnet import SparseResNet
 from anytime.models.static import Static
 from anytime.policies.confidence import MaxProb
-from experiments.common import branchy_recipe, cifar_recipe
+from experiments.common import branchy_recipe, cifar_recipe, trunk_first_recipe
 
 EXPERIMENT = Experiment(
     name="ptq_exits",
@@ -31,7 +31,7 @@ EXPERIMENT = Experiment(
             others=((BAlexNet(), branchy_recipe()), (SparseResNet(), cifar_recipe(Joint()))),
         ),
     ),
-    recipe=cifar_recipe(Rising()),
+    recipe=trunk_first_recipe(),
     backends=(
         Float32(),
         OnnxRuntime(of=PTQ(8, 8)),

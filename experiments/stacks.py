@@ -17,12 +17,12 @@ from anytime.backends.ptq import PTQ
 from anytime.boards.host import Host
 from anytime.config import Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
-from anytime.losses import Joint, Rising
+from anytime.losses import Joint
 from anytime.models.branchynet import BAlexNet
 from anytime.models.sdn import SDN
 from anytime.models.sparse_resnet import SparseResNet
 from anytime.policies.confidence import MaxProb
-from experiments.common import branchy_recipe, cifar_recipe, short_cifar_recipe
+from experiments.common import branchy_recipe, cifar_recipe, short_cifar_recipe, trunk_first_recipe
 
 INT8 = OnnxRuntime(of=PTQ(8, 8))
 NETWORKS = (
@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(
     backends=(
         Float32(),
         *(Stack(members=(member,)) for member in dict.fromkeys(DIFFERENT + ONE_ENGINE)),
-        Stack(members=((SDN("resnet56"), INT8, cifar_recipe(Rising())),)),
+        Stack(members=((SDN("resnet56"), INT8, trunk_first_recipe()),)),
         *(Stack(members=DIFFERENT, combine=how) for how in ("average", "weighted", "mlp", "logistic", "gradient_boosting")),
         *(Stack(members=ONE_ENGINE, combine=how) for how in ("average", "weighted", "mlp")),
         Stack(members=ONE_ENGINE, combine="weighted", inner_exits=True),
