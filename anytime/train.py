@@ -78,7 +78,9 @@ class Recipe(Spec):
                 f"cutout={self.cutout}: use epochs >= 0, trunk_epochs >= 0, batch >= 1, lr > 0, cutout >= 0"
             )
         if self.trunk_epochs and self.start != "static":
-            raise UsageError(f"recipe: trunk_epochs={self.trunk_epochs} are those that start='static' begins with, and start is 'scratch'")
+            raise UsageError(
+                f"recipe: trunk_epochs={self.trunk_epochs} are those that start='static' begins with, and start is 'scratch'"
+            )
         _torch_name(torch.optim, self.optimizer, torch.optim.Optimizer, "optimizer")
         if self.schedule != "constant":
             _torch_name(torch.optim.lr_scheduler, self.schedule, torch.optim.lr_scheduler.LRScheduler, "schedule")

@@ -2,9 +2,10 @@
 
     make exp EXP=baselines_sdn         (about 3 hours on 2 quiet cores; a finished network is never trained again)
 
-SDN on ResNet-56 and its static twin, trained alike: 40 epochs without exits, which they share, then 20 more each, the side exits'
-weights rising to 0.15 ... 0.9 as SDN's do; SDN on ResNet-20 and its twin for 30 from scratch. FP32 and INT8 PTQ, executed by ONNX Runtime, under a max-probability policy; budgets are
-fractions of the static ResNet-56's MACs. ResNet-56 has not been run yet.
+SDN on ResNet-56 and its static twin, trained alike: 40 epochs without exits, which they share, then 20 more each, the side
+exits' weights rising to 0.15 ... 0.9 as SDN's do; SDN on ResNet-20 and its twin for 30 from scratch. FP32 and
+INT8 PTQ, executed by ONNX Runtime, under a max-probability policy; budgets are fractions of the static ResNet-56's MACs.
+ResNet-56 has not been run yet.
 """
 
 from anytime.backends.float import Float32

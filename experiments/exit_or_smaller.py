@@ -4,9 +4,10 @@
 
 SDN on ResNet-56 and SparseResNet under policies against static ResNet-56, 44, 32 and 20 of the same blocks, all trained 60
 epochs by the same optimizer and augmentation, in two cycles (40 without exits, 20 with them; the static ones likewise) but for
-SparseResNet, whose exits are trained together from the start; executed by the same engine in FP32 and in INT8 PTQ. The budgets are what the static networks cost:
-0.325, 0.55 and 0.775 of ResNet-56's MACs are ResNet-20's, 32's and 44's; 0.2 and 0.45 lie between. Read it along the latency
-that was measured: what is on the front is worth its time beyond the noise. It has not been run yet.
+SparseResNet, whose exits are trained together from the start; executed by the same engine in FP32 and in INT8 PTQ. The budgets
+are what the static networks cost: 0.325, 0.55 and 0.775 of ResNet-56's MACs are ResNet-20's, 32's and 44's; 0.2 and 0.45 lie
+between. Read it along the latency that was measured: what is on the front is worth its time beyond the noise. It has not been
+run yet.
 """
 
 from anytime.backends.float import Float32

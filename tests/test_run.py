@@ -358,6 +358,20 @@ def test_a_finished_network_needs_no_trunk_to_begin_from(tmp_path):
     assert not steps and all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
 
 
+def test_the_trunk_has_epochs_of_its_own_and_every_network_begins_from_it(tmp_path):
+    data, recipe = experiment().suites[0].data, Recipe(epochs=1, batch=64, lr=1e-2, start="static", trunk_epochs=3)
+    said = set()
+    shop = Workshop(tmp_path, lambda what, done, total: said.add((what, total)))
+    for model in (Tiny(), Static(Tiny())):
+        shop.trained(data, model, recipe, 0, 0)
+    trunk = shop.trainer(data, Static(Tiny()), recipe.from_scratch(), 0, 0)
+    steps = -(-len(trunk.train) // 64)
+    own, twin = (f"train {model.label} on {data.label}" for model in (Tiny(), Static(Tiny())))
+    assert said == {(twin, 3 * steps), (own, steps), (twin, steps)}
+    assert trunk.finished() and len(list((tmp_path / "cache" / "trained").iterdir())) == 3  # the trunk was trained once
+    assert recipe.from_scratch() == Recipe(epochs=3, batch=64, lr=1e-2)
+
+
 # Arms ------------------------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,8 @@ def test_nan_stops_it_with_the_step():
         ({"optimizer": "SDG"}, "did you mean 'SGD'"),
         ({"schedule": "CosineLR"}, "recipe.schedule='CosineLR' is not in torch"),
         ({"epochs": -1}, "epochs >= 0"),
+        ({"trunk_epochs": -1}, "trunk_epochs >= 0"),
+        ({"trunk_epochs": 5}, "start='static' begins with, and start is 'scratch'"),
     ],
 )
 def test_a_wrong_recipe_is_refused(wrong, said):
