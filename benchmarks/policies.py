@@ -17,6 +17,7 @@ from time import perf_counter, process_time
 from typing import NamedTuple
 
 import numpy as np
+from keep import keep
 
 from anytime.metrics import Floats, Predictions, take
 from anytime.policies.confidence import Entropy, Margin, MaxProb
@@ -94,6 +95,7 @@ def main() -> int:
         "stop() on one sample at exits 1, 4 and 6"
     )
     asked = [MaxProb(), Entropy(), Margin(), SDN(), GeometricSplit(), RiskControl(), ZTW(), EENet(seed=0, steps=50)]
+    values: dict[str, float] = {}
     for question in asked:
         started = process_time()
         policy = question.fit(val, cost, 600.0)
@@ -116,12 +118,15 @@ def main() -> int:
         )
         if not same:
             return 1
+        values |= {f"{policy.label} points_s": seconds, f"{policy.label} ratio": loop_s / seconds}
+    keep("policies", values)
     return 0
 
 
 def risk(paths: Sequence[str]) -> int:
     """Print how often the promise was broken, and what it saved."""
     print(f"the share of samples answered unlike the last exit, promised <= epsilon in {1 - DELTA:.0%} of {SPLITS} splits")
+    values: dict[str, float] = {}
     for path in paths:
         with np.load(path) as held:
             logits = np.concatenate([held["val"], held["test"]], axis=1)
@@ -138,10 +143,12 @@ def risk(paths: Sequence[str]) -> int:
                 exits = fitted.exits(logits[:, ~drawn])
                 found.append((take(losses[:, ~drawn], exits).mean(), (exits < n_exits - 1).mean()))
             lost, early = np.array(found).T
+            values[f"{Path(path).stem} epsilon {epsilon:.2f} broken"] = float((lost > epsilon).mean())
             print(
                 f"{Path(path).stem} n {n} epsilon {epsilon:.2f}: broken in {(lost > epsilon).mean():.3f} of the splits, mean risk "
                 f"{lost.mean():.4f}, {early.mean():.1%} leave early"
             )
+    keep("risk", values)
     return 0
 
 

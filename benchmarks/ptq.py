@@ -17,6 +17,7 @@ import time
 import warnings
 
 import torch
+from keep import keep
 
 from anytime.backends.nncf import NNCF
 from anytime.backends.onnxruntime import OnnxRuntime
@@ -60,6 +61,8 @@ def main() -> None:
     base = medians["quantize_static, its defaults"]
     for name, (wall, cpu) in medians.items():
         print(f"{name:30} {wall:5.2f} s, {wall / base[0]:.2f} of quantize_static; CPU {cpu:5.2f} s, {cpu / base[1]:.2f}")
+    kinds = (("wall", 0), ("CPU", 1))
+    keep("ptq", {f"{name}: {kind}": each[i] / base[i] for name, each in medians.items() for kind, i in kinds})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 import warnings
 
 import torch
+from keep import keep
 from torch.nn.functional import cross_entropy
 
 from anytime.models.resnet import ResNet20
@@ -91,8 +92,10 @@ def main() -> None:
                 times[name].append(time.perf_counter() - started)
     base = statistics.median(times["float"])
     print(f"ResNet-20, batch 128, fp32, channels_last, {threads} threads, {rounds} rounds")
-    for name, each in times.items():
-        print(f"{name:14} {1e3 * statistics.median(each):7.1f} ms a step, {statistics.median(each) / base:.2f} of float")
+    ratios = {name: statistics.median(each) / base for name, each in times.items()}
+    for name, ratio in ratios.items():
+        print(f"{name:14} {1e3 * ratio * base:7.1f} ms a step, {ratio:.2f} of float")
+    keep("qat", {"float_ms": 1e3 * base} | ratios)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import onnx
 import torch
+from keep import keep
 from onnx import helper
 
 from anytime.backend import Segment
@@ -96,6 +97,7 @@ def main():
     said = asked.parse_args()
     print("| network | first segment | If, leaves there | ratio | flat, last head | flat, every head | If, full depth | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    values = {}
     for name in said.networks:
         spec, shape = NETWORKS[name]
         net, x = integers(spec, shape), np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
@@ -116,6 +118,8 @@ def main():
             f"| {us['last']:.1f} us | {us['flat']:.1f} us | {us['deep']:.1f} us | {us['deep'] / us['flat']:.2f} |",
             flush=True,
         )
+        values |= {f"{name} early ratio": us["leaves"] / us["first"], f"{name} full ratio": us["deep"] / us["flat"]}
+    keep("single_file", values)
 
 
 if __name__ == "__main__":

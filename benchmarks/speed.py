@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from keep import keep
 
 from anytime import zoo
 from anytime.backend import Deployable, Segment, TorchNet
@@ -84,16 +85,19 @@ class Bars:
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str]] = []
+        self.values: dict[str, float] = {}
 
     def at_least(self, what: str, got: float, wanted: float, digits: int = 2, note: str = "") -> None:
         """A bar that must be reached."""
         verdict = "met" if got >= wanted else f"short by {wanted - got:.{digits}f}"
         self.rows.append((what, f"{got:.{digits}f} (at least {wanted:g}): {verdict}{note}"))
+        self.values[what] = got
 
     def at_most(self, what: str, got: float, wanted: float, digits: int = 2, note: str = "") -> None:
         """A bar that must not be passed."""
         verdict = "met" if got <= wanted else f"over by {got - wanted:.{digits}f}"
         self.rows.append((what, f"{got:.{digits}f} (at most {wanted:g}): {verdict}{note}"))
+        self.values[what] = got
 
     def show(self) -> None:
         """Print them."""
@@ -489,6 +493,7 @@ def main() -> None:
         sys.exit(str(sentence))
     finally:
         bars.show()
+    keep("speed", bars.values)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""Where a benchmark leaves its numbers: results/benchmarks/NAME.json, which pages cite (tests/test_numbers.py)."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from anytime import machine
+from anytime.train import write_atomically
+
+PLACE = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
+
+
+def keep(name: str, values: Mapping[str, float], pressure: str = "") -> None:
+    """Write the last run's ``values``, with the command, the machine, its CPU pressure and the versions that made them.
+
+    ``values``: name, ending in its unit -> number. ``pressure`` is the kernel's /proc/pressure/cpu where that is not asked here, at
+    the end: other programs make times worthless, and this shows it.
+    """
+    body = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "values": {k: float(v) for k, v in values.items()},
+        "cpu_pressure": pressure or pressure_now(),
+        "device": machine.facts(),
+        "versions": machine.versions(),
+        "git": machine.commit(),
+    }
+    path = PLACE / f"{name}.json"
+    write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
+    print(f"kept in {path.relative_to(PLACE.parent.parent)}")
+
+
+def pressure_now() -> str:
+    """The kernel's word on who waited for the CPU; "unknown" where it says none."""
+    try:
+        return Path("/proc/pressure/cpu").read_text().splitlines()[0]
+    except OSError:
+        return "unknown"
