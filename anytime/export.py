@@ -24,13 +24,14 @@ from anytime.bundle import KIND, SCHEMA, fingerprint, read_manifest
 from anytime.config import Cell, Experiment
 from anytime.errors import AnytimeError, Unsupported, UsageError, WriteError, near
 from anytime.facts import Fact, facts_of
+from anytime.files import write_atomically
 from anytime.find import experiment, names
 from anytime.metrics import Predictions, accuracy
 from anytime.onnx_if import single_file
 from anytime.onnx_net import GraphNet
 from anytime.policy import Policy
 from anytime.spec import key, plain
-from anytime.train import Progress, silent, write_atomically
+from anytime.train import Progress, silent
 from anytime.workshop import Workshop
 
 ENGINES = ("OnnxRuntime", "OpenVINO", "TorchCompile")  # backends that run what ``of`` makes, and change none of its numbers

@@ -23,6 +23,7 @@ from anytime.config import Cell, Experiment, Suite
 from anytime.dataset import DatasetSpec
 from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unreachable, Unsupported, UsageError, WriteError
 from anytime.facts import Fact, facts_of, reference_cell, state
+from anytime.files import write_atomically
 from anytime.metrics import Floats, Predictions
 from anytime.policy import Policy
 from anytime.record import Kind, Record, append, load, newest
@@ -39,7 +40,7 @@ from anytime.scoring import (
     unjudged,
 )
 from anytime.spec import key, plain
-from anytime.train import Progress, silent, write_atomically
+from anytime.train import Progress, silent
 from anytime.workshop import Workshop
 
 Log = Callable[[str], None]

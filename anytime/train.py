@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import math
-import os
-import tempfile
-import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from anytime.augment import cutout
 from anytime.dataset import Augment, Part
-from anytime.errors import CorruptFile, Diverged, UsageError, WriteError, near
+from anytime.errors import CorruptFile, Diverged, UsageError, near
+from anytime.files import first_line, locked, write_atomically
 from anytime.losses import Joint, Loss
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.osgd import OSGD
 from anytime.spec import Spec
+from anytime.weights import load_weights, save_weights
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 TUNE_LR_SCALE = 0.1  # of the recipe's learning rate, wherever a trained network is trained on
@@ -321,85 +316,4 @@ def _resume(
         carried.update(state["loss"])
         return int(state["epoch"]), float(state["spent_s"])
     except Exception as error:
-        raise CorruptFile(f"the checkpoint {path} cannot be read ({_first_line(error)}): delete it and start again") from error
-
-
-def save_weights(model: AnytimeModel, path: Path, facts: dict[str, str] | None = None) -> None:
-    """Write weights, buffers, ``trained_on`` and ``facts`` to ``path``, with their sha256 beside it, atomically.
-
-    A tensor that has several names in the network is written once, under the first.
-    """
-    first = _first_names(model)
-    tensors = {n: t.detach().contiguous().clone() for n, t in model.state_dict().items() if first[n] == n}
-    meta = {"trained_on": json.dumps(sorted(model.trained_on)), **(facts or {})}
-    body = safetensors.torch.save(tensors, meta)
-    digest = sha256(body).hexdigest()
-    write_atomically(path.with_suffix(".sha256"), f"{digest}\n".encode())
-    write_atomically(path, body)
-
-
-def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
-    """Load what ``save_weights`` wrote, strictly, and return its facts. CorruptFile when a byte differs."""
-    fix = "delete its folder and run again"
-    try:
-        body, wanted = path.read_bytes(), path.with_suffix(".sha256").read_text().strip()
-    except OSError as error:
-        raise CorruptFile(f"the weights {path} cannot be read ({_first_line(error)}): {fix}") from error
-    if sha256(body).hexdigest() != wanted:
-        raise CorruptFile(f"the weights {path} are not as they were written (sha256 differs): {fix}")
-    size = int.from_bytes(body[:8], "little")
-    meta: dict[str, str] = json.loads(body[8 : 8 + size]).get("__metadata__", {})
-    given = safetensors.torch.load(body)
-    shared = {n: given[first] for n, first in _first_names(model).items() if first in given}
-    try:
-        model.load_state_dict(shared | given)
-    except RuntimeError as error:
-        which = textwrap.shorten(str(error).partition("\n")[2], 200, placeholder=" ...")  # torch's first line names no key
-        raise CorruptFile(f"the weights {path} do not fit the network ({which}): {fix}") from error
-    model.trained_on = frozenset(json.loads(meta.pop("trained_on", "[]")))
-    return meta
-
-
-def _first_names(model: nn.Module) -> dict[str, str]:
-    """Name of every tensor of the state -> the first of the names that this very tensor has (IResNeXt's slices have several)."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-def write_atomically(path: Path, body: bytes) -> None:
-    """Write to a temporary name, then move it to ``path``: whole or not at all."""
-    name = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix="tmp-")
-        with os.fdopen(fd, "wb") as f:
-            f.write(body)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(name, 0o644)  # a temporary file is its owner's alone
-        os.replace(name, path)
-        name = ""
-    except OSError as error:
-        raise WriteError(
-            f"cannot write {path}: {error.strerror or error}; free space or change its rights, then run again"
-        ) from error
-    finally:
-        if name:
-            os.unlink(name)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` alone; another process waits. The system lets go of it when the process dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise WriteError(f"cannot write to {folder}: {error.strerror or error}; free space or change its rights") from error
-    with lock as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CorruptFile(f"the checkpoint {path} cannot be read ({first_line(error)}): delete it and start again") from error

@@ -20,12 +20,13 @@ from anytime.board import Timing
 from anytime.config import Cell
 from anytime.cost import Cost, account
 from anytime.dataset import Data, DatasetSpec, Part
+from anytime.files import write_atomically
 from anytime.metrics import Floats, Predictions
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.models.static import Static
 from anytime.quant.bias import reestimate_bn
 from anytime.spec import key
-from anytime.train import Progress, Recipe, Trainer, silent, write_atomically
+from anytime.train import Progress, Recipe, Trainer, silent
 
 Predicted = Literal["tune", "val", "hold", "test", "calib"]
 PREDICTED: tuple[Predicted, ...] = get_args(Predicted)

@@ -12,9 +12,9 @@ from anytime import machine
 from anytime.config import Experiment
 from anytime.errors import AnytimeError, UsageError
 from anytime.facts import reference_cell
+from anytime.files import write_atomically
 from anytime.record import load
 from anytime.spec import key, plain
-from anytime.train import write_atomically
 from anytime.workshop import Workshop
 
 LARGEST = 4_000_000  # bytes of one file: what lies here is cloned by everybody

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from anytime import machine
-from anytime.train import write_atomically
+from anytime.files import write_atomically
 
 PLACE = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 

@@ -59,7 +59,8 @@ from anytime.policies.reading import Reading
 from anytime.policy import PathCost, Policy
 from anytime.quant.trace import traced
 from anytime.stopwatch import _Replay
-from anytime.train import Recipe, Trainer, load_weights
+from anytime.train import Recipe, Trainer
+from anytime.weights import load_weights
 
 ZOO = Path(__file__).resolve().parent.parent / "results" / "zoo"
 GEMM = 2048  # side of the matrices whose product is the machine's INT8 peak

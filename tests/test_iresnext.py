@@ -18,7 +18,7 @@ from anytime.errors import CorruptFile, UsageError
 from anytime.layers import SlicedConv2d
 from anytime.models.iresnext import IResNeXt
 from anytime.quant.graph import Widths, quantized
-from anytime.train import load_weights, save_weights
+from anytime.weights import load_weights, save_weights
 from tests.worlds import data, trainer
 
 SMALL = IResNeXt(blocks=1, width=8, bottleneck=2, cardinality=4, subnets=2)

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anytime.errors import CorruptFile, Diverged, UsageError, WriteError
+from anytime.files import write_atomically
 from anytime.losses import Joint
 from anytime.model import AnytimeModel
-from anytime.train import Recipe, _compiled, _device, load_weights, save_weights, write_atomically
+from anytime.train import Recipe, _compiled, _device
+from anytime.weights import load_weights, save_weights
 from tests.worlds import Restarting, Tiny, data, trainer
 
 

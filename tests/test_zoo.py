@@ -96,7 +96,7 @@ def test_committed_weights_score_what_their_manifest_says():
 
     from anytime.datasets.mnist import MNIST
     from anytime.models.branchynet import BLeNet
-    from anytime.train import load_weights
+    from anytime.weights import load_weights
 
     folder = ROOT / "results" / "zoo"
     name = next(n for n, e in read(folder).items() if e["model"] == "B-LeNet")
