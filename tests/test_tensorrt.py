@@ -31,7 +31,9 @@ from anytime.peer import tensors
 from anytime.quant.graph import Widths, prepared
 from anytime.quant.onnx_graph import OnnxChain
 from anytime.quant.place import tensorrt_exclusions
-from anytime.quant.tensorrt import broken_rules, for_tensorrt, graph_scales, one_sample, tensor_scales
+from anytime.quant.tensorrt import for_tensorrt, one_sample
+from anytime.quant.tensorrt_ranges import graph_scales, tensor_scales
+from anytime.quant.tensorrt_rules import broken_rules
 from anytime.quant.trace import traced
 from tests.test_contract_model import keepers, shape_of
 from tests.worlds import Restarting, Tiny, data, trained

@@ -25,7 +25,8 @@ from anytime.quant.fake import QuantizedLayer
 from anytime.quant.graph import Widths, prepared
 from anytime.quant.onnx_graph import OnnxChain
 from anytime.quant.place import tensorrt_exclusions
-from anytime.quant.tensorrt import OBSERVERS, Calibrator, for_tensorrt, graph_scales, one_sample, tensor_scales
+from anytime.quant.tensorrt import for_tensorrt, one_sample
+from anytime.quant.tensorrt_ranges import OBSERVERS, Calibrator, graph_scales, tensor_scales
 from anytime.quant.trace import traced
 from anytime.train import Trainer
 
@@ -87,7 +88,7 @@ class TensorRT(Backend):
     leave out is in FP16. With ``calibrator``, for ``Float32()`` and TensorRT up to 10, the graph stays float and TensorRT itself
     chooses what it runs in INT8, on the ranges that its calibrator of that name would find ("entropy2", "minmax"), which we
     write for it; the twin then has integers where Q/DQ would stand.
-    Never executed where this was written: no TensorRT can be had there; the graphs are held against its rules (quant/tensorrt.py).
+    Never executed where this was written: no TensorRT can be had there; the graphs are held against its rules (quant/tensorrt_rules.py).
     Source: NVIDIA TensorRT documentation, "Explicit quantization" and "Implicit quantization"; Migacz, GTC 2017, S7310.
     """
 
