@@ -23,7 +23,7 @@ from anytime.record import load
 from anytime.rows import rows
 from anytime.run import Runner
 from anytime.spec import key
-from experiments.common import cifar_recipe
+from experiments.common import JOINT_EPOCHS, cifar_recipe
 from tests import test_run
 from tests.worlds import Tiny
 
@@ -102,4 +102,4 @@ def test_suites_that_cannot_be_meant_are_refused():
 
 def test_a_recipe_of_another_is_overridden_by_its_place():
     exp = experiment("exit_or_smaller", ["suites.*.others.*.1.epochs=1"])
-    assert exp.suites[0].others[0][1].epochs == 1 and exp.recipe.epochs == 75
+    assert exp.suites[0].others[0][1].epochs == 1 and exp.recipe.epochs == JOINT_EPOCHS
