@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from anytime import find
+from anytime import cpu, find
 from anytime.arms import Decider
 from anytime.backend import Backend
 from anytime.backends.float import Float16, Float32
@@ -136,7 +136,7 @@ def test_decisions_keep_to_their_budget_on_val_and_infeasible_ones_say_so(done):
 def test_what_is_simulated_is_scored_and_never_timed(done):
     results, _ = done
     simulated = {r.cell for r in records(results, "eval") if r.facts["simulated"]}
-    assert len(simulated) == 6
+    assert len(simulated) == (4 if cpu.has_any(cpu.FP16_KERNELS) else 6)  # a CPU with FP16 arithmetic computes in it
     assert not simulated & {r.cell for r in records(results, "measure") + records(results, "replay")}
     assert all("no latency" in r.reason for r in records(results, "skip") if r.of == "measure")
 
