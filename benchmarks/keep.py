@@ -13,17 +13,17 @@ from anytime.files import write_atomically
 PLACE = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 
 
-def keep(name: str, values: Mapping[str, float], pressure: str = "") -> None:
+def keep(name: str, values: Mapping[str, float]) -> None:
     """Write the last run's ``values``, with the command, the machine, its CPU pressure and the versions that made them.
 
-    ``values``: name, ending in its unit -> number. ``pressure`` is the kernel's /proc/pressure/cpu where that is not asked here, at
-    the end: other programs make times worthless, and this shows it.
+    ``values``: name -> number; what is no ratio ends in its unit. The pressure is the kernel's at the end of the run: other programs make
+    times worthless, and this shows it.
     """
     body = {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "values": {k: float(v) for k, v in values.items()},
-        "cpu_pressure": pressure or pressure_now(),
+        "cpu_pressure": _pressure(),
         "device": machine.facts(),
         "versions": machine.versions(),
         "git": machine.commit(),
@@ -33,7 +33,7 @@ def keep(name: str, values: Mapping[str, float], pressure: str = "") -> None:
     print(f"kept in {path.relative_to(PLACE.parent.parent)}")
 
 
-def pressure_now() -> str:
+def _pressure() -> str:
     """The kernel's word on who waited for the CPU; "unknown" where it says none."""
     try:
         return Path("/proc/pressure/cpu").read_text().splitlines()[0]
