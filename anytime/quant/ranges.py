@@ -153,16 +153,21 @@ def activation_grid(h: Histogram, observer: Observer, bits: int, signed: bool, p
     if observer != "mse":
         return symmetric(amax, bits, narrow=False) if signed else affine(low, high, bits)
     grids = [symmetric(s * amax, bits, False) if signed else affine(s * low, s * high, bits) for s in SHRINK]
-    errors = [_squared_error(h.centres, h.counts, g) for g in grids]
-    return grids[int(np.argmin(errors))]
+    return grids[int(np.argmin(_squared_errors(h.centres, h.counts, grids)))]
 
 
 SHRINK = np.linspace(1.0, 0.2, 81)  # BRECQ's grid of 1 % steps
 
 
-def _squared_error(values: Floats, counts: Floats, g: Grid) -> float:
-    q = np.clip(np.rint(values / g.scale) + g.zero_point, g.qmin, g.qmax)
-    return float((counts * ((q - g.zero_point) * g.scale - values) ** 2).sum())
+def _squared_errors(values: Floats, counts: Floats, grids: list[Grid]) -> Floats:
+    """Of every grid [G], over ``counts`` values at ``values`` [V]."""
+    scale, zero, qmin, qmax = (np.array(field, dtype=np.float64)[:, None] for field in zip(*grids, strict=True))
+    error = np.rint(values / scale)  # [G, V]
+    np.clip(error, qmin - zero, qmax - zero, out=error)
+    error *= scale
+    error -= values
+    error *= error
+    return np.asarray(error @ counts)
 
 
 def _edge(counts: Floats, share: float, low: float, high: float) -> float:
@@ -239,8 +244,8 @@ def weight_scales(w: Tensor, bits: int, observer: Observer) -> Tensor:
     best, best_error = full / qmax, torch.full_like(full, torch.inf)
     for s in SHRINK:
         scale = full * float(s) / qmax
-        q = (flat / scale[:, None]).round().clamp(-qmax, qmax) * scale[:, None]
-        error = (q - flat).square().sum(1)
+        q = (flat / scale[:, None]).round_().clamp_(-qmax, qmax)
+        error = q.mul_(scale[:, None]).sub_(flat).square_().sum(1)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
     return best
