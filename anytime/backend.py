@@ -140,7 +140,7 @@ def fake_quant_net(net: Quantized, target: Target) -> TorchNet:
     """Freeze a calibrated network into one that torch runs with float kernels: scored, never timed."""
     bits = net.bits
     facts = {"simulated": "float kernels imitate the integers", "exclusions": ", ".join(net.exclusions), "target": target}
-    return TorchNet(net.freeze(round_bias=target == "u8s8"), bits, simulated=True, execution="fake-quant", facts=facts)
+    return TorchNet(net.freeze(round_bias=target != "s8s8"), bits, simulated=True, execution="fake-quant", facts=facts)
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ class Backend(Spec, ABC):
 class IntegerBackend(Backend, ABC):
     """Integers of ``weight_bits`` and ``activation_bits`` in every stage and every head.
 
-    Weights per output channel and symmetric; activations per tensor, affine unsigned ("u8s8") or symmetric signed
-    ("s8s8"). ``edge_bits``: the first layer and each head's last one. ``add_bits``: tensors that an addition or a pooling
+    Weights per output channel and symmetric; activations per tensor, affine unsigned ("u8s8", "u8s8-fused") or symmetric
+    signed ("s8s8"). ``edge_bits``: the first layer and each head's last one. ``add_bits``: tensors that an addition or a pooling
     reads too (0: as ``activation_bits``). ``keep_float``: layers left out, by path; any other layer that cannot be
     quantized raises Unsupported. For "s8s8" TensorRT's own exclusions are left out too, and listed.
     """

@@ -22,7 +22,7 @@ from anytime.quant.place import tensorrt_exclusions
 from anytime.quant.trace import module_of
 from tests.worlds import Restarting, Tiny, data
 
-TARGETS = ("u8s8", "s8s8")
+TARGETS = ("u8s8", "u8s8-fused", "s8s8")
 
 
 def placed(stage, head=None, target="u8s8", widths=Widths(8, 8), **kw):  # noqa: B008
@@ -51,20 +51,20 @@ def calibrated(net, x):
 
 COUNTS = [
     # image, stem; inner ReLU, second convolution, sum of the block; last stage; an average in two heads, a ReLU, an average
-    (Tiny(), (3, 16, 16), 2 + 3 + 1 + 1 + 2 + 1, 2 + 2 + 1 + 1 + 2 + 1),
+    (Tiny(), (3, 16, 16), 2 + 3 + 1 + 1 + 2 + 1, *(2 + 2 + 1 + 1 + 2 + 1,) * 2),
     # image, stem; 9 blocks as above; the average
-    (ResNet20(), (3, 32, 32), 2 + 9 * 3 + 1, 2 + 9 * 2 + 1),
+    (ResNet20(), (3, 32, 32), 2 + 9 * 3 + 1, *(2 + 9 * 2 + 1,) * 2),
     # image; 58 layers: 2 ReLU, and in u8s8 what is appended and what comes of it; 3 transitions: ReLU, convolution, and in
     # u8s8 the average (in s8s8 that lies on the grid of the block behind it: 4 of those); the stem likewise; the last ReLU;
     # 3 heads with 3 ReLU and an average, one with an average.
-    (EENetDenseNet121(), (3, 32, 32), 1 + 58 * 4 + 3 * 3 + 1 + 1 + 3 * 4 + 1, 1 + 58 * 2 + 3 * 2 + 4 + 1 + 3 * 4 + 1),
+    (EENetDenseNet121(), (3, 32, 32), *(1 + 58 * 4 + 3 * 3 + 1 + 1 + 3 * 4 + 1,) * 2, 1 + 58 * 2 + 3 * 2 + 4 + 1 + 3 * 4 + 1),
 ]
 
 
-@pytest.mark.parametrize("spec, shape, u8s8, s8s8", COUNTS, ids=[type(c[0]).__name__ for c in COUNTS])
-def test_as_many_as_counted_by_hand(spec, shape, u8s8, s8s8):
+@pytest.mark.parametrize("spec, shape, u8s8, fused, s8s8", COUNTS, ids=[type(c[0]).__name__ for c in COUNTS])
+def test_as_many_as_counted_by_hand(spec, shape, u8s8, fused, s8s8):
     model = traced(spec.build(shape, 10))
-    assert [len(quantized(model, Widths(8, 8), t).quantizers()) for t in TARGETS] == [u8s8, s8s8]
+    assert [len(quantized(model, Widths(8, 8), t).quantizers()) for t in TARGETS] == [u8s8, fused, s8s8]
 
 
 # One per tensor ------------------------------------------------------------------------------------------------
@@ -102,8 +102,8 @@ def test_the_shape_of_a_tensor_is_no_tensor():
 # Additions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target, block", [("u8s8", {"relu", "b", "last"}), ("s8s8", {"relu", "last"})])
-def test_of_a_residual_addition_only_the_skip_is_rounded_for_tensorrt(target, block):
+@pytest.mark.parametrize("target, block", [("u8s8", {"relu", "b", "last"}), ("u8s8-fused", {"relu", "last"}), ("s8s8", {"relu", "last"})])
+def test_of_a_residual_addition_only_the_skip_is_rounded_where_it_is_fused(target, block):
     net = quantized(tiny(), Widths(8, 8), target)
     assert {name.removeprefix("_0_") for name in rounded(net.model.stages[1])} == block
     # The skip: the tensor that the block reads, rounded in the stage before.
@@ -124,8 +124,9 @@ class ShortcutFirst(BasicBlock):
 
 @pytest.mark.parametrize("block", [BasicBlock, ShortcutFirst])
 @pytest.mark.parametrize("fold_bn", [True, False])
-def test_of_a_downsampling_block_the_shortcuts_convolution_is_rounded(block, fold_bn):
-    net = placed(block(4, 8, 2, projecting()), target="s8s8", fold_bn=fold_bn)
+@pytest.mark.parametrize("target", ["u8s8-fused", "s8s8"])
+def test_of_a_downsampling_block_the_shortcuts_convolution_is_rounded(block, fold_bn, target):
+    net = placed(block(4, 8, 2, projecting()), target=target, fold_bn=fold_bn)
     shortcut, main = ("shortcut_0", "conv2") if fold_bn else ("shortcut_1", "bn2")
     assert rounded(net.model.stages[0]) == {"input_1", "relu", shortcut, "relu_1"}
     both = placed(block(4, 8, 2, projecting()), target="u8s8", fold_bn=fold_bn)
@@ -143,8 +144,9 @@ class Sums(nn.Module):
         return self.a(x) + self.b(x) if self.two else x + self.a(x) + self.b(x)
 
 
-def test_sums_of_sums_stay_float_for_tensorrt():
-    assert rounded(placed(Sums(False), target="s8s8").model.stages[0]) == {"input_1", "add_1"}
+def test_sums_of_sums_stay_float_where_they_are_fused():
+    for target in ("u8s8-fused", "s8s8"):
+        assert rounded(placed(Sums(False), target=target).model.stages[0]) == {"input_1", "add_1"}
     assert rounded(placed(Sums(False), target="u8s8").model.stages[0]) == {"input_1", "a", "add", "b", "add_1"}
 
 

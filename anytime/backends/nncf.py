@@ -48,7 +48,7 @@ class NNCF(Backend):
         return f"{', '.join(missing)} is not installed: pip install 'anytime[peers]'" if missing else None
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
-        if target != "u8s8":
+        if target == "s8s8":
             raise Unsupported(f"NNCF chooses the integers of its graphs for CPU engines, not {target}: leave the wrapper out")
         calibration = peer.Calibration(traced(model), calib.x)
         calibration.check_layers(self.keep_float)

@@ -27,8 +27,9 @@ from anytime.train import Trainer
 class OpenVINO(Backend):
     """What ``of`` makes, executed by OpenVINO on the CPU: FP32, BF16 of ``BFloat16()``, or INT8 with u8 activations and s8 weights.
 
-    The same graphs as under ONNX Runtime, but for the layout of the state (see OnnxChain); a peer's graphs
-    (``OpenVINO(of=NNCF())``) are taken as they are. In BF16 the state between segments is float32, and the twin computes in
+    The same graphs as under ONNX Runtime, but for the layout of the state (see OnnxChain) and for additions that OpenVINO
+    fuses into a convolution, which round only their skip side (see Placement); a peer's graphs (``OpenVINO(of=NNCF())``) are
+    taken as they are. In BF16 the state between segments is float32, and the twin computes in
     float32 with weights rounded to bfloat16.
     Source: OpenVINO's documentation, "CPU Device", sections on inference precision and on quantized models; ONNX operators
     QuantizeLinear and DequantizeLinear, opset 13.
@@ -46,7 +47,7 @@ class OpenVINO(Backend):
         return self.of.why_not()
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
-        inner = self.of.compress(model, calib, trainer, "u8s8")
+        inner = self.of.compress(model, calib, trainer, "u8s8-fused")
         facts = {k: v for k, v in inner.facts.items() if k != "simulated"}
         if isinstance(inner, GraphNet):
             return OpenVINONet(inner.twin, inner.bits, inner.graph, facts)

@@ -64,7 +64,7 @@ class OrtQuantizer(Backend):
             quant_pre_process(plain, ready)
             quantize_static(
                 ready, done, _Reader([i.name for i in onnx.load(plain).graph.input], states),
-                activation_type=QuantType.QUInt8 if target == "u8s8" else QuantType.QInt8,
+                activation_type=QuantType.QInt8 if target == "s8s8" else QuantType.QUInt8,
                 per_channel=self.per_channel, reduce_range=self.reduce_range, nodes_to_exclude=list(self.keep_float),
                 calibrate_method={
                     "minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy,

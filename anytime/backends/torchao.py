@@ -62,7 +62,7 @@ class TorchAO(Backend):
         return None
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
-        if target != "u8s8":
+        if target == "s8s8":
             raise Unsupported(f"X86InductorQuantizer makes u8s8, not {target}: leave the wrapper out")
         calibration = peer.Calibration(traced(model), calib.x)
         calibration.check_layers(self.keep_float)

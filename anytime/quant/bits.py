@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-Target = Literal["u8s8", "s8s8"]  # activation and weight integers: CPU engines, TensorRT
+# What integers are made for, by activation and weight integers: ONNX Runtime and TFLite; OpenVINO, which multiplies the same
+# but fuses more; TensorRT.
+Target = Literal["u8s8", "u8s8-fused", "s8s8"]
 
 
 class Bits(NamedTuple):

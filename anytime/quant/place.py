@@ -59,8 +59,10 @@ class Placement:
 
     One per tensor, on what is produced, shared by all its readers: a tap that feeds the next stage and a head is rounded
     once. None between a layer and the BatchNorm and ReLU fused to it, on what only moves values, on logits.
-    For "s8s8" TensorRT's fusions too: of an addition only the skip side is rounded, so that the other convolution takes
-    the addition in; sums of sums stay in float; what is concatenated shares one grid.
+    For "s8s8" and "u8s8-fused" what TensorRT and OpenVINO fuse too: of an addition only the skip side is rounded, so that the
+    other convolution takes the addition in; sums of sums and what a ReLU6 reads stay in float. (With a quantizer there
+    OpenVINO 2026.4.1 clips and does not round, and runs a ReLU6 apart from its convolution.) For "s8s8" what is
+    concatenated shares one grid.
     ``sources``: layer path -> the quantizer of the tensor that it multiplies. UsageError for widths or exclusions of a
     layer that is not there.
     Source: ``reference/quantization.md`` section c; NVIDIA TensorRT documentation, "Explicit quantization", "Q/DQ placement".
@@ -160,9 +162,8 @@ class Placement:
             reader = next(iter(reader.users))
         if is_relu(g, reader) or conv_before(g, reader) is node:
             return True
-        if self.target != "s8s8":
+        if self.target == "u8s8":
             return False
-        # TensorRT fuses a ReLU6 as it does a ReLU.
         return isinstance(module_of(g, reader), nn.Hardtanh) or (is_add(user) and (is_add(node) or _main_branch(g, node, user)))
 
     def _concatenate(self, parts: list[Any]) -> Any:
