@@ -159,6 +159,20 @@ class Trainer:
                     _run(model, recipe, self, seed, name, place, each_epoch)
         return model.eval()
 
+    def once(self, model: AnytimeModel, name: str, change: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """Let ``change`` work on the model in place and return the facts it gives; the next time load what it left, and them.
+
+        For what takes minutes and is no training by labels (learned rounding).
+        """
+        if self.folder is None:
+            return change()
+        with locked(self.folder / self.place(name)):
+            if found := self.finished(name):
+                return load_weights(model, found[0])
+            facts = change()
+            save_weights(model, self.folder / self.place(name) / "weights.safetensors", facts)
+            return facts
+
     def place(self, name: str) -> str:
         """What a training of this name is called on disk."""
         return f"{self.key}-{name}"

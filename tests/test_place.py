@@ -102,7 +102,9 @@ def test_the_shape_of_a_tensor_is_no_tensor():
 # Additions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target, block", [("u8s8", {"relu", "b", "last"}), ("u8s8-fused", {"relu", "last"}), ("s8s8", {"relu", "last"})])
+@pytest.mark.parametrize(
+    "target, block", [("u8s8", {"relu", "b", "last"}), ("u8s8-fused", {"relu", "last"}), ("s8s8", {"relu", "last"})]
+)
 def test_of_a_residual_addition_only_the_skip_is_rounded_where_it_is_fused(target, block):
     net = quantized(tiny(), Widths(8, 8), target)
     assert {name.removeprefix("_0_") for name in rounded(net.model.stages[1])} == block

@@ -1,7 +1,9 @@
 """The steps of post-training quantization, in their order, as one backend."""
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +86,18 @@ def test_records_can_say_what_was_done():
     net = STEPS["everything"].compress(trained(), data().calib, trainer())
     assert net.facts["reconstructed"].endswith("20 iterations each") and int(net.facts["biases corrected"]) > 0
     assert "pairs of layers" in net.facts["equalized"] and set(net.sqnr) == set(net.bits)
+
+
+def test_what_took_minutes_to_learn_is_kept(tmp_path, monkeypatch):
+    x, made, keeper = data().test.x.numpy(), STEPS["everything"], replace(trainer(), folder=tmp_path, key="tiny")
+    first = made.compress(trained(), data().calib, keeper)
+    monkeypatch.setattr("anytime.backends.ptq.reconstruct", None)
+    again = made.compress(trained(), data().calib, keeper)
+    assert np.array_equal(again.predict(x), first.predict(x)) and again.facts == first.facts
+    with pytest.raises(TypeError):  # the saboteur: other iterations are another learning
+        replace(made, iterations=21).compress(trained(), data().calib, keeper)
+    with pytest.raises(TypeError):
+        made.compress(trained(), data().calib, replace(keeper, key="another"))
 
 
 def test_the_column_names_the_steps():

@@ -21,6 +21,7 @@ from anytime.quant.ranges import NEEDS_VALUES
 from anytime.quant.reconstruct import Reconstruction, reconstruct
 from anytime.quant.trace import traced
 from anytime.reach import Reach
+from anytime.spec import key
 from anytime.train import Trainer
 
 Rounding = Literal["nearest", "adaround", "brecq", "qdrop"]
@@ -32,9 +33,9 @@ class PTQ(IntegerBackend):
 
     In this order: ``equalize`` evens out the ranges of neighbouring layers (quant/equalize.py); the grids are calibrated, with
     ``reach`` every stage on the samples that reach it (anytime/reach.py); ``rounding`` other than to nearest is learned in
-    ``iterations`` a unit (quant/reconstruct.py); ``reestimate_bn`` folds BatchNorm only then, its statistics moved by as much as
-    rounding has moved them on the calibration images; ``correct_bias`` takes the mean error out of every bias (both
-    quant/bias.py). A network of which an exit falls to chance raises Collapsed.
+    ``iterations`` a unit (quant/reconstruct.py), and kept as trainings are; ``reestimate_bn`` folds BatchNorm only then, its
+    statistics moved by as much as rounding has moved them on the calibration images; ``correct_bias`` takes the mean error out
+    of every bias (both quant/bias.py). A network of which an exit falls to chance raises Collapsed.
     benchmarks/repair.py: SDN ResNet-20, to nearest, tune and val, KL x 1000 from float at the first, middle and last exit: W4A8
     14 44 40, with correct_bias 6 19 87, with reestimate_bn 6 14 15, with both 7 20 20; W3A8 115 626 529, 25 137 1671, 28 53 63,
     28 94 137. Biases alone leave the variance that rounding takes: the last exit falls from 76 to 31 % in W3A8 (BatchNorm: 89 %).
@@ -84,8 +85,12 @@ class PTQ(IntegerBackend):
         net.check_coverage()
         if self.rounding != "nearest":
             how = Reconstruction(**_HOW[self.rounding], iterations=self.iterations)
-            units = reconstruct(net, chain, calib.x, how, trainer.train_seed, reached, trainer.progress)
-            facts["reconstructed"] = f"{len(units)} units, {self.iterations} iterations each"
+
+            def learn() -> dict[str, str]:
+                units = reconstruct(net, chain, calib.x, how, trainer.train_seed, reached, trainer.progress)
+                return {"reconstructed": f"{len(units)} units, {self.iterations} iterations each"}
+
+            facts |= trainer.once(net.model, f"{key(self)}-{target}", learn)
         if self.reestimate_bn:
             _match_bn(net.model, chain, calib.x)
         if self.correct_bias:
