@@ -5,7 +5,7 @@
 B-LeNet on MNIST, B-AlexNet and SDN ResNet-20 on CIFAR-10, after training, at W8A8, W4A8 and W4A4 to nearest, and FP32 in ONNX
 Runtime as the floor. Every policy in four arms: FP32's own parameters kept, kept with temperatures, with thresholds that give FP32's
 exit shares on unlabelled calibration images, and refitted. Budgets are fractions of each network's own MACs in FP32. One
-training seed: the floor of FP32 trained again is there with train_seeds=(0, 1), which trains. It has not been run yet.
+training seed; the other floor, FP32 trained again, is what `floors` shows. It has not been run yet.
 """
 
 from anytime.backends.float import Float32
