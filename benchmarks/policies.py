@@ -2,8 +2,8 @@
 
 All points at once against one exit test per sample, exit and point, which is timed on a part of the points and samples
 and must give the same answers there. CPU seconds of one thread. Run: OMP_NUM_THREADS=1 python benchmarks/policies.py
-With files of cached logits (results/cache/predictions/*.npz) as arguments: how often the promise of risk control, against the
-last exit, holds over 200 random splits of them.
+With files of cached logits as arguments (NAME=results/cache/predictions/KEY.npz): how often the promise of risk control, against
+the last exit, holds over 200 random splits of them.
 """
 
 from __future__ import annotations
@@ -123,11 +123,13 @@ def main() -> int:
     return 0
 
 
-def risk(paths: Sequence[str]) -> int:
+def risk(files: Sequence[str]) -> int:
     """Print how often the promise was broken, and what it saved."""
     print(f"the share of samples answered unlike the last exit, promised <= epsilon in {1 - DELTA:.0%} of {SPLITS} splits")
     values: dict[str, float] = {}
-    for path in paths:
+    for file in files:
+        name, _, path = file.rpartition("=")
+        name = name or Path(path).stem
         with np.load(path) as held:
             logits = np.concatenate([held["val"], held["test"]], axis=1)
         n_exits, n, _ = logits.shape
@@ -143,9 +145,9 @@ def risk(paths: Sequence[str]) -> int:
                 exits = fitted.exits(logits[:, ~drawn])
                 found.append((take(losses[:, ~drawn], exits).mean(), (exits < n_exits - 1).mean()))
             lost, early = np.array(found).T
-            values[f"{Path(path).stem} epsilon {epsilon:.2f} broken"] = float((lost > epsilon).mean())
+            values[f"{name} epsilon {epsilon:.2f} broken"] = float((lost > epsilon).mean())
             print(
-                f"{Path(path).stem} n {n} epsilon {epsilon:.2f}: broken in {(lost > epsilon).mean():.3f} of the splits, mean risk "
+                f"{name} n {n} epsilon {epsilon:.2f}: broken in {(lost > epsilon).mean():.3f} of the splits, mean risk "
                 f"{lost.mean():.4f}, {early.mean():.1%} leave early"
             )
     keep("risk", values)
