@@ -106,17 +106,21 @@ def _decided(rows: pd.DataFrame) -> pd.DataFrame:
 def shares(rows: pd.DataFrame) -> Figure:
     """Draw what share of the test samples leaves at each exit: a bar per backend with FP32's thresholds kept.
 
-    A line of axes per network, a column per budget; FP32 itself stands first. One policy: see ``_decided``.
+    A line of axes per network, a column per budget, empty where it cannot be met; FP32 itself stands first. One policy: see
+    ``_decided``.
     """
     done = _decided(rows)
     done = done[(done["arm"] == "kept") | (done["reference"] & (done["arm"] == "refitted"))]
     networks, budgets = list(done["network"].unique()), sorted(done["budget"].unique())
     drawn = Figure(figsize=(2.6 * max(1, len(budgets)) + 1.6, 2.4 * max(1, len(networks)) + 0.4), layout="constrained")
     grid = drawn.subplots(max(1, len(networks)), max(1, len(budgets)), squeeze=False, sharey=True)
+    drawn.suptitle(f"{', '.join(done['policy'].unique())}, thresholds kept from FP32", fontsize=9)
     most = 0
     for i, network in enumerate(networks):
         for axes, budget in zip(grid[i], budgets, strict=True):
             own = done[(done["network"] == network) & (done["budget"] == budget)]
+            axes.grid(False)
+            axes.set_title(f"budget {budget:g}" + (", which it cannot meet" if own.empty else ""), fontsize=7)
             names = [f"{column}\n{execution}" for column, execution in zip(own["column"], own["execution"], strict=True)]
             taken = [[float(share) for share in text.split("/")] for text in own["exit_shares"]]
             for at, bar in enumerate(taken):
@@ -124,7 +128,6 @@ def shares(rows: pd.DataFrame) -> Figure:
                     axes.bar(at, 100 * share, bottom=100 * sum(bar[:k]), color=f"C{k % 10}", width=0.8)
                 most = max(most, len(bar))
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-            axes.set_title(f"{', '.join(own['policy'].unique())}, budget {budget:g}", fontsize=7)
         grid[i, 0].set_ylabel(f"{network}\nleave at exit (%)", fontsize=7)
     keys = [Line2D([], [], color=f"C{k % 10}", marker="s", ls="", label=f"exit {k + 1}") for k in range(most)]
     drawn.legend(handles=keys, loc="outside right upper")
@@ -134,7 +137,8 @@ def shares(rows: pd.DataFrame) -> Figure:
 def arms(rows: pd.DataFrame) -> Figure:
     """Draw accuracy against what was spent, with kept, share-matched and refitted thresholds: a line of axes per network.
 
-    A column of axes per compressed backend; grey: FP32. The points of an arm are its budgets. One policy: see ``_decided``.
+    A column of axes per compressed backend; grey: FP32. The points of an arm are its budgets, which dotted lines show: what lies
+    to the right of its own has spent too much. One policy: see ``_decided``.
     """
     done = _decided(rows)
     looks = {"kept": ("C3", "v", ":"), "share-matched": ("C1", "s", "--"), "refitted": ("C0", "o", "-")}
@@ -142,11 +146,14 @@ def arms(rows: pd.DataFrame) -> Figure:
     others = done[~done["reference"] & done["arm"].isin(list(looks))]
     networks, backends = list(done["network"].unique()), list(others["backend"].unique())
     drawn = Figure(figsize=(3.0 * max(1, len(backends)) + 1.6, 2.6 * max(1, len(networks)) + 0.4), layout="constrained")
-    grid = drawn.subplots(max(1, len(networks)), max(1, len(backends)), squeeze=False)
+    grid = drawn.subplots(max(1, len(networks)), max(1, len(backends)), squeeze=False, sharex="row", sharey="row")
+    drawn.suptitle(", ".join(done["policy"].unique()), fontsize=9)
     for i, network in enumerate(networks):
         for axes, backend in zip(grid[i], backends, strict=True):
             own = others[(others["network"] == network) & (others["backend"] == backend)]
             base = fp32[fp32["network"] == network].sort_values("spent")
+            for budget in base["budget"]:
+                axes.axvline(budget, color="grey", ls=":", lw=0.8, alpha=0.6)
             axes.plot(base["spent"], 100 * base["accuracy"], color="grey", marker=".", lw=1)
             for arm, (colour, marker, line) in looks.items():
                 points = own[own["arm"] == arm].sort_values("spent")
@@ -154,6 +161,9 @@ def arms(rows: pd.DataFrame) -> Figure:
             said = ", ".join(dict.fromkeys([*own["column"], *own["execution"]]))
             axes.set_title(said, fontsize=7)
             axes.set_xlabel("spent (share of the reference)")
+        low, high = grid[i, 0].get_ylim()
+        middle, half = (low + high) / 2, max(high - low, 1.0) / 2  # a hundredth of a point is no slope
+        grid[i, 0].set_ylim(middle - half, min(100.2, middle + half))
         grid[i, 0].set_ylabel(f"{network}\naccuracy (%)", fontsize=7)
     keys = [Line2D([], [], color=c, marker=m, ls=line, label=arm) for arm, (c, m, line) in looks.items()]
     drawn.legend(handles=[*keys, Line2D([], [], color="grey", marker=".", label="FP32")], loc="outside right upper")

@@ -514,7 +514,7 @@ def test_arms_have_two_figures_more(to: Maker, tmp_path: Path) -> None:
     assert not bars and len(left.patches) == 2 * 3  # two exits of FP32, of FP32 in ONNX Runtime and of PTQ
     assert sum(patch.get_height() for patch in left.patches) == pytest.approx(300)
     axes = figures.arms(rows).axes
-    assert [len(a.lines) for a in axes] == [4, 4]  # FP32 and three arms, on both other backends
+    assert [len(a.lines) for a in axes] == [5, 5]  # the budget, FP32 and three arms, on both other backends
     assert [p.name for p in report.write(to.folder.parent, EXP, tmp_path, [])] == [
         "golden.svg", "golden_shares.svg", "golden_arms.svg",
     ]  # fmt: skip
