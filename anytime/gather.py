@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ def listed(text: str) -> tuple[str, ...]:
 
 _IS: dict[str, dict[str, tuple[type, ...]]] = {  # what a name holds, where it is there at all
     "facts": {
-        **dict.fromkeys(listed("device versions git net"), (dict,)),
+        **dict.fromkeys(listed("device versions git net defaults"), (dict,)),
         **dict.fromkeys(listed("model dataset backend column execution session question unjudged policy_label arm"), (str,)),
         **dict.fromkeys(listed("position size_bytes suite budget"), (int, float)),
         "input_shape": (list,),
@@ -65,9 +65,10 @@ class Asked(NamedTuple):
 
 @dataclass
 class Network:
-    """What is known of one cell, its training seeds folded."""
+    """What is known of one cell, its training seeds folded. ``spec``: what is not by default; ``full_spec``: all of it."""
 
     spec: Row
+    full_spec: Row = field(default_factory=dict)
     facts: Row = field(default_factory=dict)
     variant: str = ""
     cells: dict[int, str] = field(default_factory=dict)
@@ -116,6 +117,10 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
     """Networks in the order of their experiment; a sentence for every record that could not be used is added to ``troubles``."""
     newest = record.newest(records)
     networks: dict[str, Network] = {}
+    defaults: dict[str, Row] = defaultdict(dict)
+    for r, _ in records:
+        for name, said in (r.facts.get("defaults") or {}).items():
+            defaults[name] |= said
     order = listed("skip fail measure replay decide eval")  # what a skip says of its cell gives way to what its eval says
     for r, path in sorted(records, key=lambda item: order.index(item[0].kind)):
         points, needed = r.exits + r.points, _NEEDED.get(r.kind, set())
@@ -139,8 +144,9 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
                     f"the {r.kind} record {path} says other numbers of its fact than {newest[r.fact][1]}, which is newer and used"
                 )
             continue
-        spec = {name: value for name, value in r.spec.items() if name != "train_seed"}
-        network, seed = networks.setdefault(key_of(spec), Network(spec)), train_seed_of(r)
+        full = {name: value for name, value in r.spec.items() if name != "train_seed"}
+        spec = said_of(full, defaults)
+        network, seed = networks.setdefault(key_of(spec), Network(spec, full)), train_seed_of(r)
         position = min(r.facts.get("position", math.inf), network.facts.get("position", math.inf))
         network.facts |= {name: value for name, value in r.facts.items() if value not in (None, "")} | {"position": position}
         network.cells[seed] = r.cell
@@ -158,6 +164,20 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
             network.missed.append(r)
     name_variants(list(networks.values()))
     return sorted(networks.values(), key=lambda n: (n.facts["position"], n.variant, key_of(n.spec)))
+
+
+def said_of(spec: Any, defaults: Mapping[str, Row]) -> Any:
+    """What a spec says that is not by default: a record of before a field came equals one of after it.
+
+    ``defaults``: of each "class version" by field, as eval records hold them; a class that no record tells of stays as it is.
+    """
+    if isinstance(spec, list):
+        return [said_of(value, defaults) for value in spec]
+    if not isinstance(spec, dict):
+        return spec
+    own = defaults.get(f"{spec.get('is')} {spec.get('version')}", {})
+    said = {name: said_of(value, defaults) for name, value in spec.items()}
+    return {n: v for n, v in said.items() if n not in own or key_of(v) != key_of(said_of(own[n], defaults))}
 
 
 def odd(r: Record) -> str:

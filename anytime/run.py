@@ -39,7 +39,7 @@ from anytime.scoring import (
     timing_rows,
     unjudged,
 )
-from anytime.spec import key, plain
+from anytime.spec import defaults, key, plain
 from anytime.train import Progress, silent
 from anytime.workshop import Workshop
 
@@ -193,6 +193,7 @@ class Runner:
         known = there != cell and key(("eval", there)) in self.known and self.known[key(("eval", there))][0].kind == "eval"
         reference = self.shop.predictions(there)["test"] if known else None
         facts = {
+            "defaults": defaults(cell),
             "unjudged": unjudged(frozenset() if drawn else net.twin.trained_on, cell.data.labelled), "input_shape": list(parts.input_shape),
             "execution": net.execution, "simulated": net.simulated, "size_bytes": size_bytes(net), "net": net.facts,
             "trained_on": sorted(net.twin.trained_on), "ptflops_macs": ptflops_macs(plain_net, parts.input_shape),

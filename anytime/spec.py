@@ -49,6 +49,20 @@ def key(obj: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def defaults(obj: Any) -> dict[str, dict[str, Any]]:
+    """ "Class version" -> what its fields say when nobody says anything, JSON-able, of every spec within.
+
+    With these, specs that were written before a field came and after it can be seen to be equal, without the classes.
+    """
+    if isinstance(obj, tuple | list):
+        return {name: said for o in obj for name, said in defaults(o).items()}
+    if not isinstance(obj, Spec):
+        return {}
+    own = {f.name: plain(default) for f in dataclasses.fields(obj) if (default := _default(f)) is not dataclasses.MISSING}
+    within = defaults([getattr(obj, f.name) for f in dataclasses.fields(obj)])
+    return within | {f"{type(obj).__name__} {obj.version}": own}
+
+
 def override(spec: T, path: str, text: str) -> T:
     """``override(exp, "recipe.epochs", "1")`` -> a copy with that field replaced.
 
@@ -63,12 +77,15 @@ def override(spec: T, path: str, text: str) -> T:
 def _not_default(spec: Spec) -> dict[str, Any]:
     said = {}
     for f in dataclasses.fields(spec):
-        value = getattr(spec, f.name)
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        value, default = getattr(spec, f.name), _default(f)
         # 1 == True == 1.0, so types are compared too: they are different in JSON.
         if type(value) is not type(default) or value != default:
             said[f.name] = value
     return said
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _plain(obj: Any, every_field: bool) -> Any:

@@ -324,6 +324,17 @@ def test_runs_under_other_settings_are_told_apart_and_not_folded(to: Maker) -> N
     assert "LeNet (recipe.epochs=1)" in report.show(rows)
 
 
+@pytest.mark.parametrize("said, loss", [(0, 0.1), (1, None)])
+def test_a_field_that_came_later_parts_no_network_from_its_reference(to: Maker, said: int, loss: float | None) -> None:
+    Cell(to, 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)])  # of before the field came
+    later = Cell(to, 1, "LeNet", "PTQ", "INT8 PTQ", "torch")
+    later.spec["recipe"] = {"is": "Recipe", "version": 1, "epochs": 4, "warmup": said}
+    later.facts["defaults"] = {"Recipe 1": {"epochs": 1, "warmup": 0}}
+    later.eval([first(7)])
+    row = one(rows_of(to), backend="PTQ")
+    assert row["loss"] == pytest.approx(loss) if loss is not None else np.isnan(row["loss"])
+
+
 def test_bits_and_the_noisiest_layer_come_from_the_layers_of_the_record(to: Maker) -> None:
     def layer(name: str, bits: int, macs: int, db: float | None) -> dict[str, object]:
         return {"layer": name, "weight_bits": bits, "activation_bits": bits, "macs": macs, "sqnr_db": db}

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anytime.errors import UsageError
-from anytime.spec import Spec, key, override, plain
+from anytime.gather import said_of
+from anytime.spec import Spec, defaults, key, override, plain
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,16 @@ def grown(**defaults):
 def test_a_new_field_with_a_default_moves_no_key():
     assert key(Inner(epochs=5)) == key(grown(epochs=5))
     assert key(Inner(epochs=5)) != key(grown(epochs=5, later=8))
+
+
+def test_a_new_field_with_a_default_moves_nothing_that_is_recorded_either():
+    """Without the classes, by the defaults that the later version recorded."""
+    known = defaults((Outer("x"), grown()))
+    assert known["Inner 1"] == {"epochs": 2, "lr": 0.1, "later": 7} and "name" not in known["Outer 1"]
+    before, after, other = (said_of(plain(s), known) for s in (Inner(epochs=5), grown(epochs=5), grown(epochs=5, later=8)))
+    assert before["epochs"] == 5 and after == {n: v for n, v in before.items() if n not in ("kind", "note", "on", "sizes")}
+    assert other == after | {"later": 8}
+    assert said_of(plain(Outer("x")), known | defaults(Inner())) == {"is": "Outer", "version": 1, "name": "x"}
 
 
 def test_a_version_moves_the_key():

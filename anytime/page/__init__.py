@@ -127,7 +127,7 @@ class _Page:
 
     def _network(self, network: Network) -> str:
         title = ", ".join([network.label("dataset"), named(network), form(network)])
-        lines = [f"<dt>spec<dd><code>{esc(constructor(network.spec))}</code>"]
+        lines = [f"<dt>spec<dd><code>{esc(constructor(network.full_spec))}</code>"]
         lines.append(f"<dt>train seeds<dd>{esc(', '.join(f'{seed} ({cell})' for seed, cell in sorted(network.cells.items())))}")
         for name, values in self.facts.of(network):
             told = [

@@ -16,6 +16,7 @@ import pandas as pd
 from anytime.decided import example
 from anytime.gather import Asked, Network, Row
 from anytime.metrics import Ints
+from anytime.record import Record
 from anytime.rows import absent, unpacked
 
 SHOWN = 12  # images that leave first, and as many that leave last
@@ -276,7 +277,7 @@ class Facts:
         self.sheets: dict[str, tuple[int, str, Row]] = {}
         said: dict[str, set[str]] = defaultdict(set)
         for r in (r for network in networks for r in network.used):
-            for name, value in r.facts.items():
+            for name, value in self._told(r):
                 said[name].add(json.dumps(value, sort_keys=True))
         self.shared = {name: json.loads(*texts) for name, texts in sorted(said.items()) if len(texts) == 1 and len(networks) > 1}
 
@@ -284,7 +285,7 @@ class Facts:
         """Those that not all records share: name, and by who says so ("" where all agree) the values, text or number of a sheet."""
         said: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
         for r in network.used:
-            for name, value in r.facts.items():
+            for name, value in self._told(r):
                 if name not in self.shared and value not in (None, "", {}):
                     said[name][" on ".join(filter(None, (r.kind, r.board)))][json.dumps(value, sort_keys=True)] = None
         for name, values in sorted(said.items()):
@@ -293,6 +294,10 @@ class Facts:
                 alike[tuple(texts)].append(who)
             agree = len(alike) == 1 and len(next(iter(alike))) == 1
             yield name, {"" if agree else ", ".join(who): [self._said(name, t) for t in texts] for texts, who in alike.items()}
+
+    @staticmethod
+    def _told(r: Record) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in r.facts.items() if name != "defaults"]  # for the fold: the spec has them all
 
     def _said(self, name: str, text: str) -> str | int:
         value = json.loads(text)
