@@ -228,11 +228,18 @@ def order(item: tuple[Asked, Any]) -> tuple[Any, ...]:
 def name_variants(networks: Sequence[Network]) -> None:
     """Give networks of equal labels the fields in which their specs differ as ``variant``."""
     # Runs under other settings (--set) share the folder; without a name for the difference their rows would look alike.
-    leaves = pd.json_normalize([network.spec for network in networks]).astype(str)
+    leaves = pd.DataFrame([_leaves(network.spec) for network in networks]).fillna("")
     alike = [key_of([network.label(name) for name in ("dataset", "model", "backend")]) for network in networks]
     differ = [path for path in sorted(map(str, leaves)) if (leaves[path].groupby(alike).nunique() > 1).any()]
     for network, said in zip(networks, leaves[differ].to_dict("records"), strict=True):
-        network.variant = ", ".join(f"{path}={value}" for path, value in said.items() if value != "nan")
+        network.variant = ", ".join(f"{path}={value}" for path, value in said.items() if value)
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, str]:
+    """ "recipe.loss.is" -> "Rising", and so on."""
+    if not isinstance(value, dict):
+        return {path: str(value)}
+    return {leaf: said for name, v in value.items() for leaf, said in _leaves(v, f"{path}.{name}" if path else name).items()}
 
 
 def key_of(value: Any) -> str:

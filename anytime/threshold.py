@@ -17,6 +17,7 @@ from anytime.policy import Listed, PathCost, Points, Policy, mean_cost
 
 LEVELS = 32  # steps between the quantiles of its scores that an exit's own threshold may take
 BEYOND = 1e-6  # how far above the largest possible score a threshold lies that no score reaches
+TIE = 1e-9  # samples: a half that sums of shares have missed by rounding is still a half
 
 T = TypeVar("T", bound="Threshold")
 
@@ -170,12 +171,12 @@ class Divider:
 
 def _whole(scores: Floats, wanted: float) -> int:
     """How many of these samples, surest first, to send out: the number nearest to ``wanted`` that parts no equal scores."""
-    n = min(max(math.ceil(wanted - 0.5), 0), len(scores))
+    n = min(max(math.ceil(wanted - 0.5 - TIE), 0), len(scores))
     if n in (0, len(scores)) or scores[n - 1] != scores[n]:
         return n
     same = np.flatnonzero(scores == scores[n])
     fewer, more = int(same[0]), int(same[-1]) + 1
-    return fewer if wanted - fewer <= more - wanted else more
+    return fewer if wanted - fewer <= more - wanted + TIE else more
 
 
 @dataclass(frozen=True)
