@@ -4,7 +4,10 @@
 
 The floors under what `decisions` shows: FP32 in another engine, and FP32 trained again from another seed. B-LeNet on MNIST and
 B-AlexNet on CIFAR-10, two training seeds, every policy with thresholds kept from the other training beside refitted ones; INT8 PTQ
-beside it for scale. Its second seed also says how far two trainings differ in accuracy. It has not been run yet.
+beside it for scale. Its second seed also says how far two trainings differ in accuracy.
+
+It gave for B-LeNet, max-probability at 0.5: another training moves the exit of 16.7 % of the samples, INT8 of 0.9 %, another
+engine of none. B-AlexNet has not been run yet.
 """
 
 from anytime.backends.float import Float32
