@@ -52,7 +52,9 @@ def main():
     asked = argparse.ArgumentParser()
     asked.add_argument("--rounds", type=int, default=100)
     rounds = asked.parse_args().rounds
-    print("| network | fused, us | rounded, us | ratio | error of its twin, fused | rounded |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| network | fused, us | rounded, us | ratio | error of its twin, fused | rounded |\n| --- | --- | --- | --- | --- | --- |"
+    )
     torch.set_num_threads(1)
     values = {}
     for spec in NETWORKS:
@@ -70,7 +72,10 @@ def main():
                 took[target].append((time.process_time_ns() - start) / RUNS / 1e3)
         fused, rounded = (statistics.median(took[target]) for target in TARGETS)
         errors = [nets[target][1] for target in TARGETS]
-        print(f"| {spec.label} | {fused:.0f} | {rounded:.0f} | {fused / rounded:.3f} | {errors[0]:.4f} | {errors[1]:.4f} |", flush=True)
+        print(
+            f"| {spec.label} | {fused:.0f} | {rounded:.0f} | {fused / rounded:.3f} | {errors[0]:.4f} | {errors[1]:.4f} |",
+            flush=True,
+        )
         values[f"{spec.label}: fused / rounded"] = fused / rounded
         values |= {f"{spec.label}: twin's error, {name}": e for name, e in zip(("fused", "rounded"), errors, strict=True)}
     keep("openvino_fusions", values)
