@@ -7,8 +7,8 @@ torch to the first answer of the INT8 session: calibration, rounding, graph, ses
 Ours also looks for collapse and measures every layer's noise in that time. Medians, and ratios to quantize_static; the CPU
 time of all threads too, which other programs change less, if threads that wait do not spin.
 
-Found on a busy machine with 2 cores: min-max 0.80 (CPU 0.62), MSE 1.14 (0.86), NNCF 1.83 (1.72); while calibration still ran the
-network twice, on a quiet one, 0.78 and 1.47.
+Found on a 2-core Xeon: min-max 0.77 (CPU 0.63), MSE 1.14 (0.87), NNCF 1.96 (1.74); while calibration still ran the network twice,
+0.78 and 1.47 (an EPYC).
 """
 
 import statistics
