@@ -18,9 +18,10 @@ Where a network has exits, images are made to leave by the geometric split: as m
 the classifier without exits. Whether they leave rightly nobody can know: those rows tell latency only. Left out is VGG: AlexNet in all
 its forms takes 10 GB already. DenseNet-121 in INT8 kills OpenVINO 2026.4.1, and is skipped there.
 
-It gave, batch 1, one thread of a 2-core Xeon with AMX: ResNet-50 104.9 ms in torch, 62.7 in FP32 and 20.8 in INT8 under ONNX Runtime,
-7.7 in INT8 under OpenVINO; FP16 in torch is slower than FP32 for all six. INT8's largest error is 0.7 % of the logits' range for AlexNet
-and 44 % for ResNet-50; 39 (MobileNetV2) to 96 % (AlexNet) of the photos keep their class, by the tiny margins of untrained networks.
+It gave, batch 1, one thread of a 2-core Xeon with AMX: ResNet-50 105.6 ms in torch, 64.0 in FP32 and 21.1 in INT8 under ONNX Runtime,
+8.1 in INT8 under OpenVINO (version 1 of it, which rounded what it fuses); FP16 in torch is slower than FP32 for all six. INT8's
+largest error is 0.7 % of the logits' range for AlexNet and 44 % for ResNet-50; 39 (MobileNetV2) to 96 % (AlexNet) of the photos keep
+their class, by the tiny margins of untrained networks.
 """
 
 from anytime.backends.float import Float16, Float32

@@ -11,6 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import torch
 
@@ -34,6 +35,8 @@ class OpenVINO(Backend):
     Source: OpenVINO's documentation, "CPU Device", sections on inference precision and on quantized models; ONNX operators
     QuantizeLinear and DequantizeLinear, opset 13.
     """
+
+    version: ClassVar[int] = 2  # 1 had ONNX Runtime's quantizers at additions
 
     of: Backend
 
