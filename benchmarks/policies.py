@@ -3,7 +3,8 @@
 All points at once against one exit test per sample, exit and point, which is timed on a part of the points and samples
 and must give the same answers there. CPU seconds of one thread. Run: OMP_NUM_THREADS=1 python benchmarks/policies.py
 With files of cached logits as arguments (NAME=results/cache/predictions/KEY.npz): how often the promise of risk control, against
-the last exit, holds over 200 random splits of them.
+the last exit, holds over 200 random splits of them. It speaks of the distribution that val was drawn from, which here is all
+samples of the file; "on the rest" is judged by those that were not drawn, which is harder: few losses drawn leave many.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def main() -> int:
 
 
 def risk(files: Sequence[str]) -> int:
-    """Print how often the promise was broken, and what it saved."""
+    """Print how often the promise was broken, and what it saved; 1 where it was broken more often than promised."""
     print(f"the share of samples answered unlike the last exit, promised <= epsilon in {1 - DELTA:.0%} of {SPLITS} splits")
+    broken = 0
     values: dict[str, float] = {}
     for file in files:
         name, _, path = file.rpartition("=")
@@ -142,16 +144,20 @@ def risk(files: Sequence[str]) -> int:
                 drawn = np.zeros(n, bool)
                 drawn[rng.choice(n, min(DRAWN, n // 2), replace=False)] = True
                 fitted = question.fit(replace(whole, logits=logits[:, drawn], labels=whole.labels[drawn]), Chain(), np.inf)
-                exits = fitted.exits(logits[:, ~drawn])
-                found.append((take(losses[:, ~drawn], exits).mean(), (exits < n_exits - 1).mean()))
-            lost, early = np.array(found).T
-            values[f"{name} epsilon {epsilon:.2f} broken"] = float((lost > epsilon).mean())
+                exits = fitted.exits(logits)
+                lost = take(losses, exits)
+                found.append((lost.mean(), lost[~drawn].mean(), (exits < n_exits - 1).mean()))
+            risks, on_the_rest, early = np.array(found).T
+            share, share_rest = float((risks > epsilon).mean()), float((on_the_rest > epsilon).mean())
+            values |= {f"{name} epsilon {epsilon:.2f} broken": share, f"{name} epsilon {epsilon:.2f} broken on the rest": share_rest}
+            broken += share > DELTA
             print(
-                f"{name} n {n} epsilon {epsilon:.2f}: broken in {(lost > epsilon).mean():.3f} of the splits, mean risk "
-                f"{lost.mean():.4f}, {early.mean():.1%} leave early"
+                f"{name} n {n} epsilon {epsilon:.2f}: broken in {share:.3f} of the splits (on the rest {share_rest:.3f}), mean risk "
+                f"{risks.mean():.4f}, {early.mean():.1%} leave early",
+                flush=True,
             )
     keep("risk", values)
-    return 0
+    return int(broken > 0)
 
 
 def timed(what: Callable[[], object]) -> float:

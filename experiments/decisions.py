@@ -2,7 +2,7 @@
 
     make exp EXP=decisions             (about 30 minutes on 2 cores, most of it EENet; its float networks lie in results/zoo)
 
-B-LeNet on MNIST, B-AlexNet and SDN ResNet-20 on CIFAR-10, after training, at W8A8, W4A8 and W4A4 to nearest, and FP32 in ONNX
+B-LeNet on MNIST, B-AlexNet, SDN ResNet-20 and ResNet-56 and SparseResNet on CIFAR-10, after training, at W8A8, W4A8 and W4A4 to nearest, and FP32 in ONNX
 Runtime as the floor. Every policy in four arms: FP32's own parameters kept, kept with temperatures, with thresholds that give FP32's
 exit shares on unlabelled calibration images, and refitted. Budgets are fractions of each network's own MACs in FP32. One
 training seed; the other floor, FP32 trained again, is what `floors` shows.
@@ -18,15 +18,17 @@ from anytime.backends.ptq import PTQ
 from anytime.config import ARMS, Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
 from anytime.datasets.mnist import MNIST
+from anytime.losses import Joint
 from anytime.models.branchynet import BAlexNet, BLeNet
 from anytime.models.sdn import SDN
+from anytime.models.sparse_resnet import SparseResNet
 from anytime.policies.confidence import Entropy, Margin, MaxProb
 from anytime.policies.eenet import EENet
 from anytime.policies.oracle import Oracle
 from anytime.policies.patience import Patience
 from anytime.policies.random import Random
 from anytime.policies.ztw import ZTW
-from experiments.common import branchy_recipe, short_cifar_recipe
+from experiments.common import branchy_recipe, cifar_recipe, short_cifar_recipe, trunk_first_recipe
 
 EXPERIMENT = Experiment(
     name="decisions",
@@ -36,7 +38,11 @@ EXPERIMENT = Experiment(
         Suite(
             CIFAR10(),
             (BAlexNet(),),
-            others=((SDN("resnet20"), short_cifar_recipe()),),
+            others=(
+                (SDN("resnet20"), short_cifar_recipe()),
+                (SDN("resnet56"), trunk_first_recipe()),
+                (SparseResNet(), cifar_recipe(Joint())),
+            ),
         ),
     ),
     recipe=branchy_recipe(),
