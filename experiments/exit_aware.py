@@ -31,7 +31,7 @@ EXPERIMENT = Experiment(
     backends=(
         Float32(),
         *(PTQ(4, a, add_bits=8, reach=reach) for a in (8, 4) for reach in (None, REACH)),
-        *(PTQ(4, 4, add_bits=8, rounding="qdrop", reach=reach) for reach in (None, REACH)),
+        *(PTQ(4, 4, add_bits=8, rounding="qdrop", iterations=500, reach=reach) for reach in (None, REACH)),
         *(MixedPrecision(reach=REACH, bops=SHARE, weigh=weigh) for weigh in (False, True)),
     ),
     policies=(MaxProb(),),

@@ -3,7 +3,7 @@
     make exp EXP=ptq_exits             (about 2 hours on 2 quiet cores; the float networks lie in results/zoo)
 
 SDN on ResNet-56, B-AlexNet and SparseResNet from the zoo: W8A8 to nearest (executed by ONNX Runtime), W4A8 and W4A4 to nearest and by
-QDrop with 2,000 iterations a unit, whose last unit of every stage learns together with the head that it feeds. Every exit and a
+QDrop with 500 iterations a unit (ptq_grid: 2,000), whose last unit of every stage learns together with the head that it feeds. Every exit and a
 max-probability policy; one calibration set, one training seed. It has not been run yet.
 """
 
@@ -36,9 +36,9 @@ EXPERIMENT = Experiment(
         Float32(),
         OnnxRuntime(of=PTQ(8, 8)),
         PTQ(4, 8),
-        PTQ(4, 8, rounding="qdrop"),
+        PTQ(4, 8, rounding="qdrop", iterations=500),
         PTQ(4, 4, add_bits=8),
-        PTQ(4, 4, rounding="qdrop", add_bits=8),
+        PTQ(4, 4, rounding="qdrop", iterations=500, add_bits=8),
     ),
     policies=(MaxProb(),),
     budgets=(0.25, 0.5, 0.75, 1.0),

@@ -7,7 +7,8 @@ B-AlexNet in INT8, SparseResNet in W4A8 and SDN ResNet-20 in BF16 on CIFAR-10, t
 their probabilities, a weighted one, an MLP, logistic regression and gradient boosting, learned on 976 images that no member
 saw. Beside them each member alone and SDN ResNet-56 in INT8, which costs what the three cost (126 of 127 M MACs). W4A8 runs in
 simulation; so the cascade is timed with the three in INT8 under ONNX Runtime, and once with the members' own exits. The members
-were trained by recipes of their own (the networks of the zoo). One training seed. It has not been run yet.
+were trained by recipes of their own (the networks of the zoo). A second stack has SDN ResNet-56 in B-AlexNet's place, three
+networks that are nearly as good as each other. One training seed. It has not been run yet.
 """
 
 from anytime.backends.ensembles import Stack
@@ -33,6 +34,9 @@ NETWORKS = (
 ARITHMETICS = (INT8, PTQ(4, 8), BFloat16())
 DIFFERENT = tuple((model, backend, recipe) for (model, recipe), backend in zip(NETWORKS, ARITHMETICS, strict=True))
 ONE_ENGINE = tuple((model, INT8, recipe) for model, recipe in NETWORKS)
+LARGEST = (SDN("resnet56"), INT8, trunk_first_recipe())
+RESIDUAL = (DIFFERENT[2], DIFFERENT[1], LARGEST)
+RESIDUAL_ONE_ENGINE = (ONE_ENGINE[2], ONE_ENGINE[1], LARGEST)
 
 EXPERIMENT = Experiment(
     name="stacks",
@@ -42,10 +46,12 @@ EXPERIMENT = Experiment(
     backends=(
         Float32(),
         *(Stack(members=(member,)) for member in dict.fromkeys(DIFFERENT + ONE_ENGINE)),
-        Stack(members=((SDN("resnet56"), INT8, trunk_first_recipe()),)),
+        Stack(members=(LARGEST,)),
         *(Stack(members=DIFFERENT, combine=how) for how in ("average", "weighted", "mlp", "logistic", "gradient_boosting")),
         *(Stack(members=ONE_ENGINE, combine=how) for how in ("average", "weighted", "mlp")),
         Stack(members=ONE_ENGINE, combine="weighted", inner_exits=True),
+        *(Stack(members=RESIDUAL, combine=how) for how in ("average", "mlp")),
+        *(Stack(members=RESIDUAL_ONE_ENGINE, combine=how) for how in ("average", "mlp")),
     ),
     policies=(MaxProb(), MaxProb(per_exit=True)),
     budgets=(0.8, 1.0, 1.3, 1.6, 2.0, 3.1),
