@@ -1,31 +1,34 @@
 #!/usr/bin/env bash
 # Trainings that no session has finished yet go on on another machine: their checkpoints travel in results/unfinished, in
-# parts that a repository takes. The next `make exp` that wants such a training finds its checkpoint in the cache and goes on.
+# parts that a repository takes, and so do finished weights that the zoo does not hold, for others begin from them. The next
+# `make exp` that wants such a training finds it in the cache and goes on.
 #
-#     scripts/unfinished.sh pack      # results/cache -> results/unfinished, to be committed; what is finished leaves it
-#     scripts/unfinished.sh restore   # and back, where the cache has neither the checkpoint nor the finished weights
+#     scripts/unfinished.sh pack      # results/cache -> results/unfinished, to be committed; what the zoo holds leaves it
+#     scripts/unfinished.sh restore   # and back, where neither cache nor zoo has the finished weights
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cache=results/cache/trained kept=results/unfinished
+cache=results/cache/trained zoo=results/zoo kept=results/unfinished
 shopt -s nullglob
 
 case ${1:-} in
   pack)
     rm -rf "$kept"
-    for file in "$cache"/*/checkpoint.pt; do
-      mkdir -p "$kept"
+    for file in "$cache"/*-base/{checkpoint.pt,weights.safetensors}; do
       name=$(basename "$(dirname "$file")")
-      split --bytes=4M --additional-suffix=.part "$file" "$kept/$name.pt."
-      echo "packed $name: $(stat -c %s "$file") bytes"
+      if [ -e "$file" ] && [ ! -e "$zoo/$name.safetensors" ]; then
+        mkdir -p "$kept/$name"
+        split --bytes=4M --additional-suffix=.part "$file" "$kept/$name/$(basename "$file")."
+        echo "packed $name: $(stat -c %s "$file") bytes"
+      fi
     done ;;
   restore)
-    for part in "$kept"/*.pt.aa.part; do
-      name=$(basename "$part" .pt.aa.part)
-      if [ -e "$cache/$name/checkpoint.pt" ] || [ -e "$cache/$name/weights.safetensors" ]; then
-        echo "$name is in the cache already"
+    for part in "$kept"/*/*.aa.part; do
+      name=$(basename "$(dirname "$part")") file=$(basename "$part" .aa.part)
+      if [ -e "$zoo/$name.safetensors" ] || [ -e "$cache/$name/weights.safetensors" ] || [ -e "$cache/$name/$file" ]; then
+        echo "$name is there already"
       else
         mkdir -p "$cache/$name"
-        cat "$kept/$name".pt.*.part > "$cache/$name/checkpoint.tmp" && mv "$cache/$name/checkpoint.tmp" "$cache/$name/checkpoint.pt"
+        cat "$kept/$name/$file".*.part > "$cache/$name/$file.tmp" && mv "$cache/$name/$file.tmp" "$cache/$name/$file"
         echo "restored $name"
       fi
     done ;;
