@@ -37,7 +37,7 @@ $(BIN)/.installed-boards: $(BIN)/.installed
 install: $(BIN)/.installed ## make .venv and install into it
 
 exp: $(BIN)/.installed ## run what EXP lacks, write and print its table
-	@$(ANYTIME) run '$(EXP)' $(COMMON) --format '$(FORMAT)' --jobs $(JOBS) $(if $(FORCE),--force) $(SAYS)
+	@$(ANYTIME) run '$(EXP)' $(COMMON) --format '$(FORMAT)' --jobs $(JOBS) $(if $(FORCE),--force) $(if $(ONLY),--only $(ONLY)) $(SAYS)
 
 list: $(BIN)/.installed ## what EXP asks for: todo, done, skip and why, fail
 	@$(ANYTIME) list '$(EXP)' $(COMMON) $(if $(JSON),--json)

@@ -88,6 +88,13 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "run":
             command.add_argument("--force", action="store_true", help="run finished work again")
+            command.add_argument(
+                "--only",
+                nargs="+",
+                default=[],
+                metavar="WORD",
+                help="networks whose rows have these words, and what they are compared with",
+            )
             command.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that train and predict side by side")
     return top
 
@@ -129,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from anytime.cells import only
     from anytime.find import experiment
     from anytime.progress import Bars
     from anytime.run import Runner
@@ -140,7 +148,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--jobs {args.jobs}: give 1 or more")
     exp = experiment(args.experiment, args.sets)
     with Bars(args.quiet) as bars:
-        runner = Runner(exp, args.results, bars.step, bars.log, args.debug)
+        meant = only(exp, args.only) if args.only else frozenset()
+        runner = Runner(exp, args.results, bars.step, bars.log, args.debug, meant)
         if args.force:
             runner.forget()
         n = len(runner.todo())

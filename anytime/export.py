@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +19,12 @@ from anytime.arms import Decider
 from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.board import board_test
 from anytime.bundle import KIND, SCHEMA, fingerprint, read_manifest
+from anytime.cells import find_cell, inner
 from anytime.config import Cell, Experiment
 from anytime.errors import AnytimeError, Unsupported, UsageError, WriteError, near
 from anytime.facts import Fact, facts_of
 from anytime.files import write_atomically
-from anytime.find import experiment, names
+from anytime.find import experiment
 from anytime.metrics import Predictions, accuracy
 from anytime.onnx_if import single_file
 from anytime.onnx_net import GraphNet
@@ -33,9 +32,6 @@ from anytime.policy import Policy
 from anytime.spec import key, plain
 from anytime.train import Progress, silent
 from anytime.workshop import Workshop
-
-ENGINES = ("OnnxRuntime", "OpenVINO", "TorchCompile")  # backends that run what ``of`` makes, and change none of its numbers
-LISTED = 12
 
 
 class Chosen(NamedTuple):
@@ -56,7 +52,7 @@ def choose(
     words: Sequence[str], sets: Sequence[str], results: Path, policy: str | None, budget: float | None,
     progress: Progress = silent, exp: Experiment | None = None,
 ) -> Chosen:  # fmt: skip
-    """The cell that ``words`` name (see find_cell), compressed for ONNX Runtime, with that policy fitted for that budget."""
+    """The cell that ``words`` name (see cells.find_cell), compressed for ONNX Runtime, with that policy fitted for that budget."""
     if policy is None and budget is not None:
         raise UsageError(f"--budget {budget:g} belongs to a policy: name one with --policy")
     exps, cell = find_cell(words, sets, exp)
@@ -71,7 +67,7 @@ def choose(
     shop = Workshop(results, progress)
     net = shop.net(cell)
     if not isinstance(net, GraphNet):
-        cell = replace(cell, backend=OnnxRuntime(of=_inner(cell).backend))
+        cell = replace(cell, backend=OnnxRuntime(of=inner(cell).backend))
         if reason := cell.backend.why_not():
             raise UsageError(f"{cell.backend.label} cannot be exported here: {reason}")
         net = shop.net(cell)
@@ -84,84 +80,11 @@ def choose(
     return Chosen(exp, cell, net, fitted, _said(exp, fact, fitted, shop.predictions(cell)["test"]), shop)
 
 
-def find_cell(
-    words: Sequence[str], sets: Sequence[str] = (), exp: Experiment | None = None
-) -> tuple[tuple[Experiment, ...], Cell]:
-    """The one cell that is meant, and the experiments that have it: by the beginning of its key, or by EXP and words of its row.
-
-    ``exp`` may be one that lies in no file: then all are words of its row. A word is a whole label (of data, network, backend,
-    column) or a piece of one. UsageError with the near misses.
-    """
-    rest = words
-    if exp is None:
-        first, *rest = words
-        if re.fullmatch(r"[0-9a-f]{4,12}", first) and not rest and first not in names():
-            if sets:
-                raise UsageError("--set makes another experiment: name it, as in export EXP WORDS --set ..., instead of a key")
-            return _by_key(first)
-        exp = experiment(first, sets)
-    cells = list(exp.cells())
-    for word in rest:
-        cells = _narrowed(cells, word, exp)
-    # The same numbers under several engines are one network; ONNX Runtime's predictions are what a bundle gives.
-    meant = {key(_inner(c)): c for c in sorted(cells, key=lambda c: isinstance(c.backend, OnnxRuntime))}
-    if len(meant) > 1:
-        listed = [f"  {key(c)}  {', '.join(_names(c)[1:])}" for c in list(meant.values())[:LISTED]]
-        more = [f"  and {len(meant) - LISTED} more"] if len(meant) > LISTED else []
-        said = f"{' '.join(words)!r} means {len(meant)} networks: add a word, or give a key:"
-        raise UsageError("\n".join([said, *listed, *more]))
-    return (exp,), next(iter(meant.values()))
-
-
-def _by_key(start: str) -> tuple[tuple[Experiment, ...], Cell]:
-    found: dict[str, Cell] = {}
-    exps: list[Experiment] = []
-    known: set[str] = set()
-    for name in names():
-        try:
-            exp = experiment(name)
-        except UsageError:
-            continue  # a broken file of somebody's is not what was asked for
-        cells = {key(cell): cell for cell in exp.cells()}
-        known |= cells.keys()
-        if mine := {k: cell for k, cell in cells.items() if k.startswith(start)}:
-            exps.append(exp)
-            found |= mine
-    if len(found) > 1:
-        raise UsageError(f"{start!r} begins several keys ({', '.join(found)}): give more digits")
-    if not found:
-        close = get_close_matches(start, {k[: len(start)] for k in known})
-        hint = (
-            f"did you mean {' or '.join(map(repr, close))}?" if close else "the tables' CSV files carry them in the column cell"
-        )
-        raise UsageError(f"no experiment has a network with the key {start!r}; {hint}")
-    return tuple(exps), next(iter(found.values()))
-
-
-def _narrowed(cells: list[Cell], word: str, exp: Experiment) -> list[Cell]:
-    whole = [c for c in cells if word in _names(c)]
-    found = whole or [c for c in cells if any(word.lower() in name.lower() for name in _names(c))]
-    if not found:
-        raise UsageError(f"{exp.name} has no network that is {word!r}; {near(word, {n for c in cells for n in _names(c)[1:]})}")
-    return found
-
-
-def _names(cell: Cell) -> tuple[str, ...]:
-    backend = cell.backend
-    seeds = f"train_seed={cell.train_seed}", f"seed={cell.seed}"
-    return key(cell), cell.data.label, cell.model.label, backend.label, backend.column, *seeds
-
-
-def _inner(cell: Cell) -> Cell:
-    backend = cell.backend
-    return replace(cell, backend=backend.of) if type(backend).__name__ in ENGINES else cell  # type: ignore[attr-defined]
-
-
 def _asked(exp: Experiment, cell: Cell, label: str, budget: float | None) -> Fact:
     """The decision that is meant; UsageError with what there is."""
     if not cell.backend.exits_early(cell.model):
         raise UsageError(f"{cell.model.label} has one exit, a policy has nothing to decide: leave out --policy")
-    facts = [f for f in facts_of(exp) if f.of == "decide" and f.arm == "refitted" and key(_inner(f.cell)) == key(_inner(cell))]
+    facts = [f for f in facts_of(exp) if f.of == "decide" and f.arm == "refitted" and key(inner(f.cell)) == key(inner(cell))]
     asked = {f.budget: f for f in facts if f.policy is not None and f.policy.label == label}
     if not asked:
         raise UsageError(f"{exp.name} has no policy {label!r}; {near(label, {f.policy.label for f in facts if f.policy})}")

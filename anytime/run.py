@@ -49,13 +49,14 @@ T = TypeVar("T")
 
 @dataclass
 class Runner:
-    """One run of an experiment: where its records go, and what is already there."""
+    """One run of an experiment, or ``only`` of some of its cells: where its records go, and what is already there."""
 
     exp: Experiment
     results: Path
     progress: Progress = silent
     log: Log = print
     debug: bool = False
+    only: frozenset[Cell] = frozenset()
 
     def __post_init__(self) -> None:
         self.shop = Workshop(self.results, self.progress)
@@ -77,17 +78,21 @@ class Runner:
 
     def todo(self) -> list[Fact]:
         """Facts that are missing or have failed."""
-        return [f for f in facts_of(self.exp) if state(f, self.known)[0] in ("todo", "fail")]
+        return [f for f in facts_of(self.exp) if self._meant(f.cell) and state(f, self.known)[0] in ("todo", "fail")]
 
     def states(self) -> list[tuple[str, str]]:
         """State and reason of every fact, now."""
         return [state(f, self.known) for f in facts_of(self.exp)]
 
     def forget(self) -> None:
-        """Make everything of this experiment again: nothing is known, and the cache loses what belongs to it."""
-        self.known = {}
-        for cell in self.exp.cells():
+        """Make everything again: nothing is known, and the cache loses what belongs to it."""
+        again = {key(cell): cell for cell in self.exp.cells() if self._meant(cell)}
+        self.known = {name: found for name, found in self.known.items() if found[0].cell not in again}
+        for cell in again.values():
             self.shop.drop(cell)
+
+    def _meant(self, cell: Cell) -> bool:
+        return not self.only or cell in self.only
 
     def run(self, jobs: int = 1) -> None:
         """Everything that is missing, suite by suite: first what networks predict and policies decide, then what boards measure.

@@ -149,7 +149,10 @@ def risk(files: Sequence[str]) -> int:
                 found.append((lost.mean(), lost[~drawn].mean(), (exits < n_exits - 1).mean()))
             risks, on_the_rest, early = np.array(found).T
             share, share_rest = float((risks > epsilon).mean()), float((on_the_rest > epsilon).mean())
-            values |= {f"{name} epsilon {epsilon:.2f} broken": share, f"{name} epsilon {epsilon:.2f} broken on the rest": share_rest}
+            values |= {
+                f"{name} epsilon {epsilon:.2f} broken": share,
+                f"{name} epsilon {epsilon:.2f} broken on the rest": share_rest,
+            }
             broken += share > DELTA
             print(
                 f"{name} n {n} epsilon {epsilon:.2f}: broken in {share:.3f} of the splits (on the rest {share_rest:.3f}), mean risk "

@@ -2,10 +2,10 @@
 
     make exp EXP=decisions             (about 30 minutes on 2 cores, most of it EENet; its float networks lie in results/zoo)
 
-B-LeNet on MNIST, B-AlexNet, SDN ResNet-20 and ResNet-56 and SparseResNet on CIFAR-10, after training, at W8A8, W4A8 and W4A4 to nearest, and FP32 in ONNX
-Runtime as the floor. Every policy in four arms: FP32's own parameters kept, kept with temperatures, with thresholds that give FP32's
-exit shares on unlabelled calibration images, and refitted. Budgets are fractions of each network's own MACs in FP32. One
-training seed; the other floor, FP32 trained again, is what `floors` shows.
+B-LeNet on MNIST, B-AlexNet, SDN ResNet-20 and ResNet-56 and SparseResNet on CIFAR-10, after training, at W8A8, W4A8 and W4A4 to
+nearest, and FP32 in ONNX Runtime as the floor. Every policy in four arms: FP32's own parameters kept, kept with temperatures, with
+thresholds that give FP32's exit shares on unlabelled calibration images, and refitted. Budgets are fractions of each network's own
+MACs in FP32. One training seed; the other floor, FP32 trained again, is what `floors` shows.
 
 It gave, SDN ResNet-20, max-probability at 0.75: kept thresholds spend 4.4 (W4A8) and 6.2 % (W4A4) too much and lose next to nothing
 against the network's own curve; share-matched ones and refitted ones spend no more than FP32's, temperatures half of that. At 0.5,

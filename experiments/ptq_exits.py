@@ -2,9 +2,9 @@
 
     make exp EXP=ptq_exits             (about 2 hours on 2 quiet cores; the float networks lie in results/zoo)
 
-SDN on ResNet-56, B-AlexNet and SparseResNet from the zoo: W8A8 to nearest (executed by ONNX Runtime), W4A8 and W4A4 to nearest and by
-QDrop with 500 iterations a unit (ptq_grid: 2,000), whose last unit of every stage learns together with the head that it feeds. Every exit and a
-max-probability policy; one calibration set, one training seed. It has not been run yet.
+SDN on ResNet-56, B-AlexNet and SparseResNet from the zoo: W8A8 to nearest (executed by ONNX Runtime), W4A8 and W4A4 to nearest and
+by QDrop with 500 iterations a unit (ptq_grid: 2,000), whose last unit of every stage learns together with the head that it feeds.
+Every exit and a max-probability policy; one calibration set, one training seed. It has not been run yet.
 """
 
 from anytime.backends.float import Float32

@@ -16,6 +16,7 @@ import anytime
 from anytime import export, stops
 from anytime.board import board_test
 from anytime.bundle import fingerprint, policy_of
+from anytime.cells import find_cell
 from anytime.dataset import normalise
 from anytime.errors import AnytimeError, CorruptFile, Unsupported, UsageError, WriteError
 from anytime.execute import Executor
@@ -442,7 +443,7 @@ def test_a_single_file_is_written_beside_nothing_else(chosen, tmp_path):
 def test_words_that_mean_no_one_network(home, words, said):
     if said:
         with pytest.raises(UsageError, match=said):
-            export.find_cell([str(home.exp), *words])
+            find_cell([str(home.exp), *words])
     else:
         with pytest.raises(Unsupported, match="FP32 and W8A8, not W4A8"):
             home.choose(*words)
@@ -469,15 +470,15 @@ def test_a_cell_by_its_key(home, monkeypatch):
     (home.folder / "experiments" / "mine_by_key.py").write_text(EXPERIMENT.replace("mine_to_export", "mine_by_key"))
     (home.folder / "experiments" / "broken.py").write_text("1 / 0")
     monkeypatch.chdir(home.folder)
-    _, cell = export.find_cell([str(home.exp), "Tiny", "INT8 PTQ"])
-    exps, found = export.find_cell([key(cell)[:8]])
+    _, cell = find_cell([str(home.exp), "Tiny", "INT8 PTQ"])
+    exps, found = find_cell([key(cell)[:8]])
     assert found == cell and [e.name for e in exps] == ["mine_by_key"]
     (home.folder / "experiments" / "twin_of_it.py").write_text(EXPERIMENT.replace("mine_to_export", "twin_of_it"))
     with pytest.raises(UsageError, match=f"mine_by_key and twin_of_it have .*export mine_by_key {key(cell)[:8]}"):
         export.choose([key(cell)[:8]], (), home.results, "MaxProb", 0.6)
     assert export.choose([key(cell)[:8]], (), home.results, None, None).cell == cell
     with pytest.raises(UsageError, match="--set makes another experiment"):
-        export.find_cell([key(cell)[:8]], ("recipe.epochs=1",))
+        find_cell([key(cell)[:8]], ("recipe.epochs=1",))
     wrong = key(cell)[:7] + ("0" if key(cell)[7] != "0" else "1")
     with pytest.raises(UsageError, match=f"no experiment has a network with the key '{wrong}'.*did you mean '{key(cell)[:8]}'"):
-        export.find_cell([wrong])
+        find_cell([wrong])

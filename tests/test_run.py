@@ -25,6 +25,7 @@ from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.ptq import PTQ
 from anytime.backends.qat import QAT
 from anytime.boards.host import Host
+from anytime.cells import only
 from anytime.config import ARMS, Experiment, Suite
 from anytime.datasets.synthetic import Synthetic
 from anytime.errors import AnytimeError, Unreachable, Unsupported, UsageError
@@ -34,6 +35,7 @@ from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.patience import Patience
 from anytime.record import load
 from anytime.run import Runner
+from anytime.spec import key
 from anytime.train import Recipe
 from anytime.workshop import Workshop
 from tests.worlds import Tiny
@@ -91,6 +93,24 @@ def test_again_does_nothing(done):
     assert runner.todo() == []
     runner.run()
     assert sorted(p.name for p in (results / "records" / "small").iterdir()) == before
+
+
+def test_only_some_networks_are_run_and_what_they_are_compared_with(tmp_path):
+    exp = experiment(backends=(Float32(), PTQ(), PTQ(4, 8)), boards=(), budgets=(0.7,))
+    meant = only(exp, ["Tiny", "INT8 PTQ"])
+    assert {(c.model.label, c.backend.label) for c in meant} == {("Tiny", "Float32"), ("Tiny", "PTQ")}
+    runner = Runner(exp, tmp_path, log=lambda line: None, only=meant)
+    runner.run()
+    assert runner.todo() == [] and {r.cell for r in records(tmp_path)} == {key(c) for c in meant}
+    ran = records(tmp_path, "eval")
+    assert ["max_error_share" in r.exits[0] for r in ran if r.facts["backend"] == "PTQ"] == [True] and len(ran) == 2
+    # What is made again is what is meant; the rest of the experiment stays.
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    again = Runner(exp, tmp_path, log=lambda line: None, only=meant)
+    again.forget()
+    assert {f.cell for f in again.todo()} == meant and len(again.known) > 0
+    with pytest.raises(UsageError, match="small has no network that is 'Tinny'; did you mean 'Tiny'"):
+        only(exp, ["Tinny"])
 
 
 def test_one_qat_under_two_engines_trains_once(done):
@@ -274,6 +294,7 @@ import sys; sys.path.insert(0, {root!r})
 import torch; torch.set_num_threads(1)
 from pathlib import Path
 from anytime.run import Runner
+from anytime.spec import key
 from tests.test_run import experiment
 Runner(experiment(), Path(sys.argv[1]), log=lambda line: None).run()
 """
