@@ -153,28 +153,29 @@ class Divider:
     def divide(self, wanted: Floats) -> Divided:
         """For the wanted numbers [E] of samples; equal scores leave together, and of two ways as near fewer do."""
         links, n = self.order.shape
-        exits, missed, thresholds = np.full(n, links), 0.0, []
+        exits, here, missed, thresholds = np.full(n, links), np.ones(n, bool), 0.0, []
         for k in range(links):
-            going = exits[self.order[k]] == links
-            who, scores = self.order[k][going], self.sorted[k][going]
-            leave = _whole(scores, wanted[k] + missed)
+            going = here.take(self.order[k]).nonzero()[0]  # places among the sorted, surest first
+            leave = _whole(self.sorted[k], going, wanted[k] + missed)
             if leave == 0:
                 thresholds.append(self.nobody)
-            elif leave == len(scores):
+            elif leave == len(going):
                 thresholds.append(self.everyone)
             else:
-                thresholds.append(float(_between(scores[leave - 1 : leave + 1].min(), scores[leave - 1 : leave + 1].max())))
-            exits[who[:leave]] = k
+                border = self.sorted[k][going[leave - 1 : leave + 1]]
+                thresholds.append(float(_between(border.min(), border.max())))
+            who = self.order[k].take(going[:leave])
+            exits[who], here[who] = k, False
             missed += wanted[k] - leave
         return Divided(tuple(thresholds), exits)
 
 
-def _whole(scores: Floats, wanted: float) -> int:
-    """How many of these samples, surest first, to send out: the number nearest to ``wanted`` that parts no equal scores."""
-    n = min(max(math.ceil(wanted - 0.5 - TIE), 0), len(scores))
-    if n in (0, len(scores)) or scores[n - 1] != scores[n]:
+def _whole(scores: Floats, going: Ints, wanted: float) -> int:
+    """How many of ``going``, places in the sorted scores, to send out: the number nearest to ``wanted`` that parts no equal scores."""
+    n = min(max(math.ceil(wanted - 0.5 - TIE), 0), len(going))
+    if n in (0, len(going)) or scores[going[n - 1]] != scores[going[n]]:
         return n
-    same = np.flatnonzero(scores == scores[n])
+    same = np.flatnonzero(scores[going] == scores[going[n]])
     fewer, more = int(same[0]), int(same[-1]) + 1
     return fewer if wanted - fewer <= more - wanted + TIE else more
 
