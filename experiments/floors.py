@@ -6,8 +6,8 @@ The floors under what `decisions` shows: FP32 in another engine, and FP32 traine
 B-AlexNet on CIFAR-10, two training seeds, every policy with thresholds kept from the other training beside refitted ones; INT8 PTQ
 beside it for scale. Its second seed also says how far two trainings differ in accuracy.
 
-It gave for B-LeNet, max-probability at 0.5: another training moves the exit of 16.7 % of the samples, INT8 of 0.9 %, another
-engine of none. B-AlexNet has not been run yet.
+It gave, max-probability: another training of B-LeNet, asked for 0.5, moves the exit of 16.7 % of the samples, INT8 of 0.9 %; of
+B-AlexNet, asked for 0.75, of 23.9 %, INT8 of 1.3 %; another engine moves none.
 """
 
 from anytime.backends.float import Float32
