@@ -44,7 +44,8 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "listing": "spec record config facts",
     "stopwatch": "metrics policy backend cpu execute",
     "execute": "metrics policy", "bundle": "metrics stops policy policies engine execute", "onnx_if": "",
-    "export": "machine spec metrics policy board files train config facts find arms workshop backends onnx_net onnx_if bundle",
+    "cells": "spec config facts find backends",
+    "export": "cells machine spec metrics policy board files train config facts find arms workshop backends onnx_net onnx_if bundle",
     "measure": "board boards config find run train",
     "__main__": " ".join(EVERYTHING - {"__main__"}),
 }  # fmt: skip
