@@ -66,7 +66,7 @@ def measured(match, text):
     return bool(unit) or ("." in digits and not re.search(rf"(?:\b[A-Z][\w.+]*|\b(?:{SETTING}))\s+$", before))
 
 
-@lru_cache
+@lru_cache(None)
 def table(path):
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
@@ -78,6 +78,7 @@ def shown(column, value):
     return value * {"%": 100, "points": 100, "M": 1e-6, "G": 1e-9, "MB": 1e-6}.get(unit, 1)
 
 
+@lru_cache(None)
 def cited(exp, query, results):
     """The values that a source names; ValueError says what is wrong with it."""
     if exp.startswith("benchmarks/"):
@@ -114,9 +115,14 @@ def value(exp, column, where, results):
     return shown(column, float(found.pop()))
 
 
+@lru_cache
+def lines_of_tables(results):
+    return {line for path in (results / "tables").glob("*.md") for line in path.read_text().splitlines()}
+
+
 def wrong(page, results):
     """Sentences about the numbers of ``page`` that no record holds."""
-    known = {line for path in (results / "tables").glob("*.md") for line in path.read_text().splitlines()}
+    known = lines_of_tables(results)
     for line, block in blocks(page.read_text()):
         if block in known or (block.startswith("|") and page.read_text().splitlines()[line - 1] in known):
             continue
