@@ -85,7 +85,7 @@ NETWORKS = [  # spec, input, pairs counted by hand, or None
     (BResNet110(), (3, 32, 32), 54 + 1 + 2),  # its blocks, that of head 2, head 1 behind its LRN
     (EENetResNet56(), (3, 32, 32), 2 * 27 + 2 * 3 + 2),
     (MSDNet(blocks=3, base=2, step=1), (3, 32, 32), None),
-    (SparseResNet(depth=4, exits=2), (3, 32, 32), 0),  # sums all over
+    (SparseResNet(depth=4, exits=2), (3, 32, 32), 2 * 12),  # inside its layers; sums all over
 ]
 
 

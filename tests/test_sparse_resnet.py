@@ -82,12 +82,14 @@ def test_the_default_lies_within_its_budget():
     model = SparseResNet().build((3, 32, 32), 10)
     cost = account(TorchNet(model, {}, simulated=False), (3, 32, 32))
     assert cost.macs[-1] <= 60e6
-    assert [f"{m / 1e6:.2f}" for m in cost.macs] == ["7.78", "15.12", "29.54", "58.12"]
-    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == "0.403"
-    convs = 9 * 16 * 16 * 1024  # as many in every resolution
-    transitions = 16 * 32 * 256 + 32 * 64 * 64
+    assert [f"{m / 1e6:.2f}" for m in cost.macs] == ["8.98", "17.08", "31.30", "57.78"]
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == "0.505"
+    layers = sum(  # one in every resolution
+        pixels * (2 * width * width // 4 + 9 * (width // 4) ** 2) for width, pixels in ((32, 1024), (96, 256), (192, 64))
+    )
+    transitions = 32 * 96 * 256 + 96 * 192 * 64
     assert cost.stage.macs.tolist() == [
-        n * 3 * convs + transitions + stem for n, stem in ((1, 27 * 16 * 1024), (1, 0), (2, 0), (4, 0))
+        n * layers + transitions + stem for n, stem in ((1, 27 * 32 * 1024), (1, 0), (2, 0), (4, 0))
     ]
 
 
@@ -134,6 +136,7 @@ def test_integers_say_what_the_twin_says():
     [
         (lambda: SparseResNet(depth=6), "multiple of 2\\^\\(exits-1\\).*depth=8"),
         (lambda: SparseResNet(widths=()), "widths positive"),
+        (lambda: SparseResNet(squeeze=0), "and squeeze"),
         (lambda: SparseResNet(exits=0), "widths positive.*depth=1"),
         (lambda: SparseResNet().build((784,), 10), "the data set gives 784: choose"),
         (lambda: SparseResNet().build((3, 30, 32), 10), "multiples of 4, the data set gives 3x30x32"),

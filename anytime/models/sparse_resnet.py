@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -31,8 +31,8 @@ IMAGE = _Place(-1, 0)
 class SparseResNet(ModelSpec):
     """Sparse ResNet with nested depths: exit s has depth / 2^(exits-1-s) layers in every resolution; none runs twice.
 
-    A layer is BN, ReLU, 3x3 convolution and reads a sum: layer i reads i-1, i-2, i-4, ... down to -1, what its
-    resolution starts from. Layers are numbered 0 .. depth-1 in each resolution. The network of exit s has the layers
+    A layer is the residual branch of a pre-activated bottleneck, 1x1, 3x3 and 1x1 convolution with BN and ReLU before each, the
+    middle ``squeeze`` times narrower. It reads a sum: layer i reads i-1, i-2, i-4, ... down to -1, what its resolution starts from. Layers are numbered 0 .. depth-1 in each resolution. The network of exit s has the layers
     that are multiples of u = 2^(exits-1-s); numbered by u they are 0, 1, 2, ... again, and what was i-2^j is i-2^j
     still, so it is a sparse ResNet by itself. Its new layers are the odd ones (all of them in the first stage) and read
     i-1 (old), i-2, i-4, ... (new). An even layer is older and keeps the sources that it had, i-2, i-4, ...: an old
@@ -45,23 +45,28 @@ class SparseResNet(ModelSpec):
     of their resolution. Older layers keep the start of their own stage. The stem starts the first resolution for all.
 
     The state after a stage: the stem's output and every layer's so far, by resolution; after the last one only what
-    the head reads. With the defaults 7.78, 15.12, 29.54 and 58.12 M MACs for 3x32x32, every head run, and 0.403 M parameters
+    the head reads. With the defaults 8.98, 17.08, 31.30 and 57.78 M MACs for 3x32x32, every head run, and 0.505 M parameters
     (counted here).
     Source: Wan et al., "Orthogonalized SGD and Nested Architectures for Anytime Neural Networks", ICML 2020,
     arXiv:2008.06635, on Zhu et al., "Sparsely Aggregated Convolutional Networks", ECCV 2018, arXiv:1801.05895 (as
-    summed up in reference/anytime.md, c.2). Inferred, the paper's own text not being at hand: that a layer is a single
-    pre-activated convolution, all about transitions, and the sizes.
+    summed up in reference/anytime.md, c.2); the layer: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016,
+    arXiv:1603.05027. Inferred, the papers' own text not being at hand: that a layer is such a branch, all about transitions,
+    and the sizes.
     """
 
+    version: ClassVar[int] = 2  # 1: a layer was a single convolution
+
     depth: int = 8
-    widths: tuple[int, ...] = (16, 32, 64)
+    widths: tuple[int, ...] = (32, 96, 192)
     exits: int = 4
+    squeeze: int = 4
 
     def __post_init__(self) -> None:
-        if self.exits < 1 or self.depth < 1 or self.depth % 2 ** (self.exits - 1) or min(self.widths, default=0) < 1:
+        sizes = (*self.widths, self.squeeze, self.exits, self.depth)
+        if not self.widths or min(sizes) < 1 or self.depth % 2 ** (self.exits - 1):
             raise UsageError(
                 f"{self.label}: every exit has twice the depth of the one before it, so depth must be a multiple of "
-                f"2^(exits-1), and widths positive, one per resolution; for example depth={2 ** max(0, self.exits - 1)}"
+                f"2^(exits-1), and widths positive, one per resolution, and squeeze; for example depth={2 ** max(0, self.exits - 1)}"
             )
 
     def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:
@@ -86,7 +91,7 @@ class SparseResNet(ModelSpec):
                 elif s == 0:
                     stage.add(start, (IMAGE,), nn.Conv2d(input_shape[0], width, 3, padding=1, bias=False))
                 for i in range(1 if s else 0, n, 2 if s else 1):
-                    stage.add(_Place(r, i * step), _sources(r, i, step), _layer(width))
+                    stage.add(_Place(r, i * step), _sources(r, i, step), _layer(width, max(1, width // self.squeeze)))
                     done[r].append(_Place(r, i * step))
             read = _sources(last, n, step)
             later = [_Place(0, -1), *(p for of_resolution in done.values() for p in sorted(of_resolution))]
@@ -103,8 +108,12 @@ def _sources(resolution: int, i: int, step: int) -> tuple[_Place, ...]:
     return tuple(_Place(resolution, (i - o) * step if i >= o else -1) for o in offsets)
 
 
-def _layer(width: int) -> nn.Module:
-    return nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False))
+def _layer(width: int, inner: int) -> nn.Module:
+    return nn.Sequential(
+        *(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, inner, 1, bias=False)),
+        *(nn.BatchNorm2d(inner), nn.ReLU(), nn.Conv2d(inner, inner, 3, padding=1, bias=False)),
+        *(nn.BatchNorm2d(inner), nn.ReLU(), nn.Conv2d(inner, width, 1, bias=False)),
+    )
 
 
 def _transition(width: int, wider: int) -> nn.Module:
