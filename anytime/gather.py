@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,8 +163,24 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
             network.layers = r.layers
         if r.kind in ("skip", "fail"):
             network.missed.append(r)
-    name_variants(list(networks.values()))
-    return sorted(networks.values(), key=lambda n: (n.facts["position"], n.variant, key_of(n.spec)))
+    current = latest(list(networks.values()))
+    name_variants(current)
+    return sorted(current, key=lambda n: (n.facts["position"], n.variant, key_of(n.spec)))
+
+
+def latest(networks: Sequence[Network]) -> list[Network]:
+    """Without those of which a newer version of a class says something: what its fields meant then, nothing can make any more."""
+    named = [(*_unversioned(network.spec), network) for network in networks]
+    newest: dict[str, list[int]] = {}
+    for name, versions, _ in named:
+        newest[name] = max(newest.get(name, []), versions)
+    return [network for name, versions, network in named if versions == newest[name]]
+
+
+def _unversioned(spec: Row) -> tuple[str, list[int]]:
+    """A spec as a key without its versions, and these in the order of the key."""
+    text = key_of(spec)
+    return re.sub(r'"version": \d+', "", text), [int(v) for v in re.findall(r'"version": (\d+)', text)]
 
 
 def said_of(spec: Any, defaults: Mapping[str, Row]) -> Any:

@@ -87,6 +87,17 @@ def test_two_records_of_one_fact_that_agree_are_no_trouble(to):
     assert report.rows(to.folder.parent, EXP).attrs["troubles"] == []
 
 
+def test_what_an_older_version_of_a_class_said_gives_way_to_the_newer_version(to):
+    newer = Cell(to, 1, "B-LeNet", "PTQ", "PTQ", "torch")
+    newer.name, newer.spec["backend"]["version"] = "newer", 2
+    newer.eval([first(8), first(5)])
+    rows = report.rows(to.folder.parent, EXP)
+    assert rows.attrs["troubles"] == [] and set(rows["variant"]) == {""}
+    ptq = rows[rows["backend"] == "PTQ"]
+    assert set(ptq["cell"]) == {"newer"} and ptq[ptq["policy"] == "exit 2"]["accuracy"].item() == 35 / 40
+    assert len(rows[rows["backend"] == "FP32"]) > 1, "of which no other version says anything"
+
+
 values = st.none() | st.booleans() | st.integers(-2, 50) | st.floats(-1, 2) | st.text(max_size=3) | st.just([]) | st.just({})
 
 

@@ -31,8 +31,9 @@ IMAGE = _Place(-1, 0)
 class SparseResNet(ModelSpec):
     """Sparse ResNet with nested depths: exit s has depth / 2^(exits-1-s) layers in every resolution; none runs twice.
 
-    A layer is the residual branch of a pre-activated bottleneck, 1x1, 3x3 and 1x1 convolution with BN and ReLU before each, the
-    middle ``squeeze`` times narrower. It reads a sum: layer i reads i-1, i-2, i-4, ... down to -1, what its resolution starts from. Layers are numbered 0 .. depth-1 in each resolution. The network of exit s has the layers
+    A layer is the residual branch of a pre-activated bottleneck: 1x1, 3x3 and 1x1 convolution, BN and ReLU before each, the
+    middle ``squeeze`` times narrower. It reads a sum: layer i reads i-1, i-2, i-4, ... down to -1, what its resolution
+    starts from. Layers are numbered 0 .. depth-1 in each resolution. The network of exit s has the layers
     that are multiples of u = 2^(exits-1-s); numbered by u they are 0, 1, 2, ... again, and what was i-2^j is i-2^j
     still, so it is a sparse ResNet by itself. Its new layers are the odd ones (all of them in the first stage) and read
     i-1 (old), i-2, i-4, ... (new). An even layer is older and keeps the sources that it had, i-2, i-4, ...: an old
