@@ -58,8 +58,9 @@ def test_the_twin_rounds_what_openvino_rounds(integers):
     """It adds what a convolution makes without rounding it, quantizer or not; a twin that rounds there is further from it."""
     twins = [PTQ().compress(trained(), data().calib, None, target) for target in ("u8s8-fused", "u8s8")]
     nets = (integers, OpenVINONet(twins[1].twin, twins[1].bits, partial(written, twins[1].twin, X.shape[1:]), {}))
-    near, far = (np.abs(net.predict(X)[1:] - twin.predict(X)[1:]).mean() for net, twin in zip(nets, twins, strict=True))
-    assert near < 1e-6 < 1e-4 < far
+    near, far = (np.abs(net.predict(X)[1:] - twin.predict(X)[1:]) > 1e-5 for net, twin in zip(nets, twins, strict=True))
+    # One value that falls to the other side of a step of the grid moves all logits of its sample; other roundings move most samples'.
+    assert near.mean() < 0.1 and far.mean() > 0.5
 
 
 def test_the_state_crosses_segments_in_u8(integers):

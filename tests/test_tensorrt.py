@@ -40,7 +40,7 @@ from tests.worlds import Restarting, Tiny, data, trained
 
 SMALLER = {
     IResNeXt: IResNeXt(blocks=1, width=16, cardinality=4, subnets=2), MSDNet: MSDNet(blocks=3, base=2, step=1),
-    SparseResNet: SparseResNet(depth=4, exits=2), SDN: SDN("resnet20"),
+    SparseResNet: SparseResNet(depth=2, exits=2), SDN: SDN("resnet20"),
 }  # fmt: skip
 DEEPER = ("ResNet-32", "ResNet-44", "ResNet-56", "ResNet-110")  # ResNet-20 with more of the same blocks
 NETWORKS = [(Tiny(), (3, 16, 16)), (Restarting(), (3, 16, 16))]
