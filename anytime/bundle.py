@@ -95,8 +95,8 @@ class Bundle:
     def __call__(self, image: Any) -> Answer:
         """Answer one image."""
         started = perf_counter()
-        answers = self._one.run(self.prepared([image]))
-        return self._said(answers._replace(ms=np.array([1e3 * (perf_counter() - started)])))[0]
+        exit, logits = self._one.one(self.prepared([image]))
+        return self._said(Answers(np.array([0]), exit, logits, np.array([1e3 * (perf_counter() - started)])))[0]
 
     def batch(self, images: Any, batch: int = 64) -> list[Answer]:
         """Answer many images [N, H, W, C], or a sequence of them, ``batch`` at a time; in their order."""

@@ -49,6 +49,14 @@ class Answers(NamedTuple):
     ms: Floats
 
 
+class _Given(NamedTuple):
+    """Samples [B, ...] as they were handed over: the place of the first, and when, in s [B]."""
+
+    x: Floats
+    first: int
+    since: Floats
+
+
 class Broken(AnytimeError):
     """The engine failed on the way; ``answered`` holds what had been answered by then."""
 
@@ -80,7 +88,7 @@ class Executor:
     Answers are those of ``policy.exits`` and ``policy.answer`` on all logits, as far as the engine's results do not depend on
     the size of a batch. Samples that do not leave wait before the next segment until ``batch`` of them are there, or the
     input ends; so at most ``batch`` x segments samples are held at any time, whatever the length of the input. With
-    ``batch`` 1 every sample is answered before the next one is asked for.
+    ``batch`` 1 every sample is answered, by ``one``, before the next one is asked for.
 
     An engine that fails, or logits that are not finite, are an AnytimeError that names the samples; what was answered
     before stays answered.
@@ -100,12 +108,50 @@ class Executor:
             raise UsageError(f"{self.policy.label} decides by what no board can know: it is a bound, not to be executed")
         self.used = self.policy.uses(self.net.n_exits)
         self.plan = self.net.plan(self.used)
+        # For each exit that is read: what has been read by then (a slice copies nothing), and the exit as an array.
+        self._so_far = [slice(i + 1) if k == i else np.array(self.used[: i + 1]) for i, k in enumerate(self.used)]
+        self._exits = [np.array([k]) for k in self.used]
+        self._blank: Floats | None = None
+
+    def one(self, x: Floats, place: int = 0) -> tuple[Ints, Floats]:
+        """x [1, ...], the sample ``place`` -> its exit [1] and the logits that are answered [1, K]; errors as ``stream``.
+
+        What ``batch`` 1 does, and what boards time: a sample that runs alone pays for every call of numpy, so it makes few.
+        """
+        net, stop, used, read, i = self.net, self.policy.stop, self.used, self._blank, 0
+        if read is not None:
+            read = read.copy()
+        state = self._guarded(-1, [place], lambda: net.start(x))
+        for n, segment in enumerate(self.plan):
+            try:
+                state, logits = net.step(segment, state)
+            except AnytimeError:
+                raise
+            except Exception as error:
+                raise self._failed(n, [place], error) from error
+            if segment.head != used[i]:
+                continue
+            assert logits is not None
+            if read is None:
+                self._blank = self._unread(logits)
+                read = self._blank.copy()
+            read[segment.head] = logits
+            if segment.head == used[-1] or stop(read[self._so_far[i]])[0]:
+                break
+            i += 1
+        assert read is not None
+        answer = self.policy.answer(read, self._exits[i])
+        if not (_finite(answer) and _finite(read[self._so_far[i]])):
+            for k in used[: i + 1]:
+                _check_read(k, read[k], [place])
+            self._check_answer(used[i], answer, [place])
+        return self._exits[i], answer
 
     def run(self, x: Floats) -> Answers:
         """x [N, ...] -> everyone's answer, in the order of ``x``. Broken carries those that were there."""
         n, blocks = len(x), []
         try:
-            for block in self._flow(self._cut(x)):
+            for block in self._answered(self._cut(x)):
                 blocks.append(block)
         except AnytimeError as error:
             raise Broken(str(error), _joined(blocks)) from error
@@ -119,13 +165,13 @@ class Executor:
 
         The next ``batch`` samples are asked for only when all that can be answered has been.
         """
-        return self._flow(self._gather(iter(samples)))
+        return self._answered(self._gather(iter(samples)))
 
-    def _cut(self, x: Floats) -> Iterator[_Group]:
+    def _cut(self, x: Floats) -> Iterator[_Given]:
         for i in range(0, len(x), self.batch):
-            yield self._start(x[i : i + self.batch], i, np.full(min(self.batch, len(x) - i), perf_counter()))
+            yield _Given(x[i : i + self.batch], i, np.full(min(self.batch, len(x) - i), perf_counter()))
 
-    def _gather(self, samples: Iterator[Floats]) -> Iterator[_Group]:
+    def _gather(self, samples: Iterator[Floats]) -> Iterator[_Given]:
         first = 0
         while True:
             taken, since = [], []
@@ -139,17 +185,22 @@ class Executor:
                     raise UsageError(
                         f"sample {first + i} has the shape {sample.shape}, those before it {taken[0].shape}: give all the same one"
                     )
-            yield self._start(np.stack(taken), first, np.array(since))
+            yield _Given(np.stack(taken), first, np.array(since))
             first += len(taken)
 
-    def _start(self, x: Floats, first: int, since: Floats) -> _Group:
-        place = np.arange(first, first + len(x))
-        return _Group(place, self._guarded("start", place, lambda: self.net.start(x)), since)
+    def _answered(self, given: Iterator[_Given]) -> Iterator[Answers]:
+        return self._alone(given) if self.batch == 1 else self._flow(given)
 
-    def _flow(self, groups: Iterator[_Group]) -> Iterator[Answers]:
+    def _alone(self, given: Iterator[_Given]) -> Iterator[Answers]:
+        for x, place, since in given:
+            exit, logits = self.one(x, place)
+            yield Answers(np.array([place]), exit, logits, 1e3 * (perf_counter() - since))
+
+    def _flow(self, given: Iterator[_Given]) -> Iterator[Answers]:
         waiting: list[list[_Group]] = [[] for _ in self.plan]
-        for group in groups:
-            waiting[0].append(group)
+        for x, first, since in given:
+            place = np.arange(first, first + len(x))
+            waiting[0].append(_Group(place, self._guarded(-1, place, lambda x=x: self.net.start(x)), since))  # type: ignore[misc]
             yield from self._sweep(waiting, self.batch)
         yield from self._sweep(waiting, 1)
 
@@ -184,26 +235,20 @@ class Executor:
     def _advance(self, i: int, group: _Group) -> tuple[Answers | None, _Group | None]:
         """Run segment ``i``: the answers of those that leave, and the rest."""
         segment = self.plan[i]
-        group.state, logits = self._guarded(
-            f"segment {i + 1} of {len(self.plan)}", group.place, lambda: self.net.step(segment, group.state)
-        )
+        group.state, logits = self._guarded(i, group.place, lambda: self.net.step(segment, group.state))
         if segment.head not in self.used:
             return None, group
-        assert logits is not None
-        if not np.isfinite(logits).all():
-            bad = group.place[~np.isfinite(logits).all(-1)]
-            raise AnytimeError(f"exit {segment.head + 1} answers with logits that are not finite, for {_named(bad)}")
+        _check_read(segment.head, logits, group.place)
         if group.read is None:
-            # NaN: an answer that needs an exit which was not read must not look like one.
-            group.read = np.full((self.net.n_exits, *logits.shape), np.nan, logits.dtype)
+            group.read = self._unread(logits)
         group.read[segment.head] = logits
         if segment.head == self.used[-1]:
             return self._answers(group, segment.head), None
-        passed = self.used[: self.used.index(segment.head) + 1]
-        stop = self.policy.stop(group.read[: len(passed)] if passed[-1] == len(passed) - 1 else group.read[list(passed)])
-        if not stop.any():
+        stop = self.policy.stop(group.read[self._so_far[self.used.index(segment.head)]])
+        leaving = np.count_nonzero(stop)
+        if not leaving:
             return None, group
-        if stop.all():
+        if leaving == len(stop):
             return self._answers(group, segment.head), None
         left = _Group(group.place[stop], None, group.since[stop], group.read[:, stop])
         return self._answers(left, segment.head), self._only(group, np.flatnonzero(~stop))
@@ -212,10 +257,7 @@ class Executor:
         assert group.read is not None
         exits = np.full(len(group), exit)
         logits = self.policy.answer(group.read, exits)
-        if not np.isfinite(logits).all():
-            raise AnytimeError(
-                f"{self.policy.label} answers at exit {exit + 1} with logits of exits that were not read, for {_named(group.place)}"
-            )
+        self._check_answer(exit, logits, group.place)
         return Answers(group.place, exits, logits, 1e3 * (perf_counter() - group.since))
 
     def _only(self, group: _Group, keep: Ints) -> _Group:
@@ -236,16 +278,43 @@ class Executor:
 
         return torch.cat(tuple(states))
 
-    def _guarded(self, what: str, place: Ints, work: Callable[[], Any]) -> Any:
+    def _unread(self, logits: Floats) -> Floats:
+        """Room for what exits say [E, B, K]. NaN: an answer that needs an exit which was not read must not look like one."""
+        return np.full((self.net.n_exits, *logits.shape), np.nan, logits.dtype)
+
+    def _check_answer(self, exit: int, logits: Floats, place: Sequence[int] | Ints) -> None:
+        if not _finite(logits):
+            raise AnytimeError(
+                f"{self.policy.label} answers at exit {exit + 1} with logits of exits that were not read, for {_named(place)}"
+            )
+
+    def _guarded(self, i: int, place: Sequence[int] | Ints, work: Callable[[], Any]) -> Any:
         try:
             return work()
         except AnytimeError:
             raise
-        except MemoryError as error:
-            raise AnytimeError(f"{what}: no memory for {len(place)} samples at once: give a batch under {self.batch}") from error
-        except Exception as error:  # engines share no base class
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise AnytimeError(f"{what}: the engine failed on {_named(place)}: {said}") from error
+        except Exception as error:
+            raise self._failed(i, place, error) from error
+
+    def _failed(self, i: int, place: Sequence[int] | Ints, error: Exception) -> AnytimeError:
+        """What to say when the start (``i`` -1) or segment ``i`` breaks."""
+        what = f"segment {i + 1} of {len(self.plan)}" if i >= 0 else "start"
+        if isinstance(error, MemoryError):
+            hint = f"{len(place)} samples at once: give a batch under {self.batch}" if self.batch > 1 else "one sample"
+            return AnytimeError(f"{what}: no memory for {hint}")
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]  # engines share no base class
+        return AnytimeError(f"{what}: the engine failed on {_named(place)}: {said}")
+
+
+def _check_read(exit: int, logits: Floats, place: Sequence[int] | Ints) -> None:
+    if not _finite(logits):
+        bad = np.asarray(place)[~np.isfinite(logits).all(-1)]
+        raise AnytimeError(f"exit {exit + 1} answers with logits that are not finite, for {_named(bad)}")
+
+
+def _finite(x: Floats) -> bool:
+    """Are all finite? A third of the time of ``all``, which a single sample feels."""
+    return bool(np.count_nonzero(np.isfinite(x)) == x.size)
 
 
 def _joined(blocks: Sequence[Answers]) -> Answers:
@@ -254,6 +323,6 @@ def _joined(blocks: Sequence[Answers]) -> Answers:
     return Answers(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 
-def _named(place: Ints) -> str:
+def _named(place: Sequence[int] | Ints) -> str:
     said = ", ".join(str(i) for i in place[:5]) + (", ..." if len(place) > 5 else "")
     return f"sample {said}" if len(place) == 1 else f"{len(place)} samples ({said})"

@@ -52,35 +52,18 @@ class _Replay:
     """One policy on its network's plan, sample by sample: ``go`` answers one row of wall ns, CPU ns, exit and class."""
 
     def __init__(self, net: Deployable, policy: Policy, sample: Floats) -> None:
-        self.net, self.policy, used = net, policy, policy.uses(net.n_exits)
-        self.plan = net.plan(used)
-        # What the policy has read before each test: a slice, which copies nothing, unless it skips exits.
-        self.read = [slice(i + 1) if k == i else np.array(used[: i + 1]) for i, k in enumerate(used)]
-        self.at = [np.array([k]) for k in used]
+        self.executor = Executor(net, policy, 1)
         state = net.start(sample)
-        for segment in self.plan:  # once to the end, for engines that make themselves ready at first use
-            state, logits = net.step(segment, state)
-        assert logits is not None
-        self.logits = np.empty((net.n_exits, *logits.shape), logits.dtype)
+        for segment in self.executor.plan:  # once to the end, for engines that make themselves ready at first use
+            state, _ = net.step(segment, state)
 
     def go(self, sample: Floats) -> list[list[int]]:
-        step, stop, logits, read, last = self.net.step, self.policy.stop, self.logits, self.read, len(self.plan) - 1
-        logits.fill(np.nan)  # an answer that needs an exit which was not read must not look like one
+        one = self.executor.one
         c0, w0 = process_time_ns(), perf_counter_ns()
-        state = self.net.start(sample)
-        for i, segment in enumerate(self.plan):
-            state, logits[segment.head] = step(segment, state)
-            if i == last or stop(logits[read[i]])[0]:
-                break
-        answer = self.policy.answer(logits, self.at[i])
+        exit, answer = one(sample)
         said = answer.argmax()
         w1, c1 = perf_counter_ns(), process_time_ns()
-        exit = int(self.at[i][0])
-        if not np.isfinite(answer).all():
-            raise AnytimeError(
-                f"{self.net.execution} under {self.policy.label} answers at exit {exit + 1} with logits that are not finite"
-            )
-        return [[w1 - w0, c1 - c0, exit, int(said)]]
+        return [[w1 - w0, c1 - c0, int(exit[0]), int(said)]]
 
 
 class _Batches:

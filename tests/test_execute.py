@@ -251,13 +251,30 @@ def test_an_engine_that_breaks_takes_nothing_back(how, said):
     assert sorted(got) == sorted(kept.place.tolist())
 
 
-def test_a_policy_that_answers_with_what_it_has_not_read_is_an_error():
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        (np.nan, "^exit [1-4] answers with logits that are not finite, for sample 4$"),
+        (RuntimeError("kernel died"), "^segment [1-4] of 4: the engine failed on sample 4: kernel died$"),
+        (MemoryError(), "^segment [1-4] of 4: no memory for one sample$"),
+    ],
+)  # fmt: skip
+def test_an_engine_that_breaks_on_a_sample_alone_names_it(how, said):
+    x = samples(10)
+    exits, logits = oracle(Net(), MIXED, x)
+    with pytest.raises(Broken, match=said) as caught:
+        Executor(Failing(how, int((exits[:4] + 1).sum()) + 1), MIXED, 1).run(x)
+    np.testing.assert_array_equal(caught.value.answered.logits, logits[:4])
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_policy_that_answers_with_what_it_has_not_read_is_an_error(batch):
     class Greedy(MaxProb):
         def answer(self, logits, exits):
             return logits[-1]
 
     with pytest.raises(AnytimeError, match="exits that were not read"):
-        Executor(Net(), Greedy(thresholds=(0.8,) * 3), 8).run(samples(20))
+        Executor(Net(), Greedy(thresholds=(0.8,) * 3), batch).run(samples(20))
 
 
 def test_questions_without_sense():

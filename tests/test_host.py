@@ -336,7 +336,7 @@ def test_an_answer_from_an_exit_that_was_not_read_is_refused(clock: Clock) -> No
             return logits[-1]
 
     replay = stopwatch._Replay(Ticking(clock), Peeking((0.0, 0.0), (0, 1, 2)), X[:1])
-    with pytest.raises(AnytimeError, match="ticking under Peeking answers at exit 1 with logits that are not finite"):
+    with pytest.raises(AnytimeError, match="Peeking answers at exit 1 with logits of exits that were not read"):
         replay.go(X[:1])
 
 
