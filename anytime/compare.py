@@ -212,7 +212,7 @@ def _paired(
 ) -> tuple[float, float, float] | None:
     losses = []
     for seed in sorted(ours[1].files.keys() & theirs[1].files.keys()):
-        x, y = (fold.right(network, asked, seed) for fold, network, _ in (ours, theirs))
+        x, y = (fold.answered.right(network, asked, seed) for fold, network, _ in (ours, theirs))
         if x is None or y is None or not np.array_equal(_labels(ours[1].files[seed]), _labels(theirs[1].files[seed])):
             return None
         losses.append(paired_loss(x, y))

@@ -312,6 +312,12 @@ METRICS: dict[str, Metric] = {
     "gain": Metric(
         "points", "higher", 2, "paired: accuracy here minus that of the experiment's first policy, same network, budget, arm"
     ),
+    "step_gain": Metric(
+        "points",
+        "higher",
+        2,
+        "paired: accuracy here minus that of the same network and exit or policy where this field is by default",
+    ),
     "max_error": Metric(
         "", "lower", 4, "largest absolute difference from the reference's logits, the same network in FP32, over the test samples"
     ),

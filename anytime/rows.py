@@ -5,17 +5,13 @@ It needs neither torch nor the classes that the records name, so rows can be mad
 
 from __future__ import annotations
 
-import base64
 import os
 import statistics
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from anytime import record
@@ -25,7 +21,9 @@ from anytime.gather import NAN as NAN
 from anytime.gather import Asked, Network, asked_of, gather, key_of, noisy, order, train_seed_of
 from anytime.gather import Row as Row
 from anytime.gather import listed as listed
-from anytime.metrics import Bools, Interval, paired_loss, wilson
+from anytime.metrics import Interval, wilson
+from anytime.paired import Answered
+from anytime.steps import steps
 
 COLUMNS = listed(
     "exp model dataset backend execution policy arm budget board train_seeds n accuracy accuracy_lo accuracy_hi macs bops params "
@@ -37,12 +35,13 @@ COLUMNS = listed(
     "brier auroc overthinking nll_reached brier_reached ece_reached auroc_reached budget_violation budget_violation_lo "
     "budget_violation_hi exit_flips_lo exit_flips_hi earlier_flips later_flips harmful_flips helpful_flips prediction_flips "
     "regret regret_lo regret_hi recovered area accuracy_at_macs accuracy_at_bops accuracy_at_ms gain gain_lo gain_hi bound floor "
+    "step step_gain step_gain_lo step_gain_hi "
     "max_error max_error_share answers input_shape energy_mj "
     "board_accuracy board_agreement"
 )
 _WORDS = listed(
     "exp model dataset backend execution policy arm board train_seeds speedup_over status reason column currency exit_shares of "
-    "macs_by_bits worst_layer variant cell exclusions floor input_shape nll_reached brier_reached ece_reached auroc_reached"
+    "macs_by_bits worst_layer variant cell exclusions floor step input_shape nll_reached brier_reached ece_reached auroc_reached"
 )
 _WHOLE = listed("n exit n_sessions n_timed seed")
 _TRUTH = listed("front simulated noisy reference bound")
@@ -77,10 +76,12 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
     but the class of the exit taken. ``static_loss`` is the same against the network without exits in the reference backend,
     ``static_macs`` the MACs as a share of that one's. What a policy row says of params, bytes and agreement is the whole
     network's; what it says of decisions is explained by the glossary (metrics.METRICS), its limits are bootstrapped (one seed) or
-    t-intervals over seeds. ``bound``: a policy that no board can run; ``floor``: what flips come to without any compression,
-    by another engine or by training again. ``front``: see ``mark_front``; ``of`` names the fact that a row reports (eval,
-    measure, decide, replay) or that its skip or fail stands in for; ``variant`` the fields in which cells of equal labels
-    differ. ``attrs`` carry exp, question, troubles (a sentence per file that could not be used) and provenance (lines).
+    t-intervals over seeds. ``step`` names the one field in which the backend differs from another one of the experiment, which
+    has it by default; ``step_gain`` is what that field gives, paired (steps.py). ``bound``: a policy that no board can run;
+    ``floor``: what flips come to without any compression, by another engine or by training again. ``front``: see
+    ``mark_front``; ``of`` names the fact that a row reports (eval, measure, decide, replay) or that its skip or fail stands in
+    for; ``variant`` the fields in which cells of equal labels differ. ``attrs`` carry exp, question, troubles (a sentence per
+    file that could not be used) and provenance (lines).
     Raises UsageError where no record of ``exp`` lies.
     """
     loaded = record.load(records_root, exp)
@@ -133,7 +134,8 @@ class Fold:
 
     def __init__(self, networks: Sequence[Network], troubles: list[str]) -> None:
         self.networks, self.troubles = networks, troubles
-        self.answers: dict[Path, Bools | None] = {}
+        self.answered = Answered(troubles)
+        self.steps = steps(networks)
         self.references: dict[tuple[str, str], Network] = {}
         self.statics: dict[tuple[str, str], list[Network]] = defaultdict(list)  # by the model that they are without its exits
         self.denominators: dict[tuple[str, str], list[tuple[Network, list[Row], str]]] = defaultdict(list)
@@ -158,7 +160,7 @@ class Fold:
             points, boards = network.scores.get(asked, {}), network.times.get(asked, {})
             row = network.common(points or network.cells) | _told(asked) | {"status": "done"}
             row |= _score(list(points.values())) | _whole(network, asked) | self._loss(network, asked)
-            row |= self._against_static(network, asked, row.get("macs"))
+            row |= self._against_static(network, asked, row.get("macs")) | self._step(network, asked)
             if asked.exit is None:
                 row |= self._decided(network, asked, row)
             scored, timed = ("decide", "replay") if asked.exit is None else ("eval", "measure")
@@ -223,10 +225,14 @@ class Fold:
         said |= {"bound": any(p.get("bound") for p in points)}
         said |= {"floor": "trained again" if asked.arm == "retrained" else "FP32 by another engine" if same else ""}
         if first := first_policy(network, asked):
-            loss = self._paired(network, first, network, asked, "loss")
-            if loss:
-                said |= {"gain": -loss["loss"], "gain_lo": -loss["loss_hi"], "gain_hi": -loss["loss_lo"]}
+            said |= self.answered.gain(network, first, network, asked, "gain")
         return said
+
+    def _step(self, network: Network, asked: Asked) -> Row:
+        """What the field in which it differs from its plain form gives."""
+        step = self.steps.get(id(network))
+        found = self.answered.gain(step.plain, asked, network, asked, "step_gain") if step else {}
+        return {"step": step.said} | found if step and found else {}
 
     def _loss(self, network: Network, asked: Asked) -> Row:
         reference = self.references.get((network.family, network.model))
@@ -235,7 +241,7 @@ class Fold:
             return {}
         if network.facts.get("own_exits") and asked.exit is not None:  # an exit of an ensemble is no exit of the network
             against = max((a for a in reference.scores if a.exit is not None), key=lambda a: a.exit or 0, default=against)
-        return self._paired(reference, against, network, asked, "loss")
+        return self.answered.loss(reference, against, network, asked, "loss")
 
     def _against_static(self, network: Network, asked: Asked, macs: Any) -> Row:
         statics = self.statics.get((network.place, network.model), [])
@@ -249,57 +255,7 @@ class Fold:
             return {}
         whole = _mean(point.get("macs") for point in statics[0].scores[last].values())
         share = {} if absent(macs) or absent(whole) or not whole else {"static_macs": macs / whole}
-        return self._paired(statics[0], last, network, asked, "static_loss") | share
-
-    def _paired(self, reference: Network, against: Asked, network: Network, asked: Asked, name: str) -> Row:
-        """Loss and its limits, seed by seed, then averaged."""
-        losses = []
-        for seed in sorted(network.files):
-            theirs, ours = self.right(reference, against, seed), self.right(network, asked, seed)
-            if theirs is not None and ours is not None and len(theirs) == len(ours):
-                losses.append(paired_loss(theirs, ours))
-        means = map(statistics.fmean, zip(*losses, strict=True))
-        return dict(zip((name, *(f"{name}_{limit}" for limit in ("lo", "hi", "upper"))), means, strict=True)) if losses else {}
-
-    def right(self, network: Network, asked: Asked, seed: int) -> Bools | None:
-        """Whether it answers right, sample by sample [N]; None where that cannot be known."""
-        point = network.scores.get(asked, {}).get(seed)
-        right = self._read(network.files[seed]) if seed in network.files else None
-        if point is None or right is None:
-            return None
-        try:
-            if asked.exit is not None:
-                answered = np.asarray(right[asked.exit])
-                if answered.sum() != point.get("n_right", answered.sum()):
-                    raise ValueError("its predictions and its record differ")
-                return answered
-            if "right" in point:  # it answers more than the class of the exit taken
-                return np.unpackbits(unpacked(point["right"]), count=right.shape[1]).astype(bool)
-            exits = unpacked(point.get("taken", ""))
-            answered = np.asarray(right[exits, np.arange(right.shape[1])])
-        except (ValueError, IndexError, zlib.error) as error:
-            self.troubles.append(
-                f"{asked.policy} of cell {network.cells[seed]}: its answers cannot be read ({error}), so its loss is left out"
-            )
-            return None
-        # Without "right" a policy that answers more than the class of the exit taken cannot be known sample by sample.
-        return answered if answered.sum() == point.get("n_right") else None
-
-    def _read(self, path: Path) -> Bools | None:
-        """[E, N], from what lies beside an eval record."""
-        if path not in self.answers:
-            try:
-                with np.load(path) as file:
-                    self.answers[path] = file["argmax"] == file["labels"]
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                self.answers[path] = None
-                self.troubles.append(f"the predictions {path} cannot be read ({error}): paired losses of that cell are left out")
-        return self.answers[path]
-
-
-def unpacked(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Small integers as decide records hold them; ValueError or zlib.error where they are torn."""
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
+        return self.answered.loss(statics[0], last, network, asked, "static_loss") | share
 
 
 def _whole(network: Network, asked: Asked) -> Row:

@@ -32,6 +32,7 @@ _DECISIONS = listed(
     "network column execution floor policy arm budget spent budget_violation exit_flips sides harm prediction_flips accuracy "
     "gain regret recovered ece auroc"
 )
+_STEPS = listed("dataset network column execution policy budget step accuracy bops step_gain")
 _CURVES = listed("network column execution policy budget board accuracy_at_macs accuracy_at_bops accuracy_at_ms area")
 _MISSED = listed("dataset network column backend of policy arm budget board train_seeds status reason")
 _TITLES = {
@@ -46,6 +47,8 @@ _TITLES = {
     "sides": "earlier + later (%)",
     "harm": "harmful, helpful (%)",
     "gain": "gain over the first policy (points) [95 %]",
+    "step": "one field more",
+    "step_gain": "what it gives (points) [95 %]",
     "regret": "regret (points) [95 %]",
     "accuracy_at_macs": "accuracy at equal MACs (%)",
     "accuracy_at_bops": "at equal BOPs (%)",
@@ -72,6 +75,12 @@ BOUND = "‡ a bound: it uses what no board can know."
 PAIRED = (
     "Accuracy of the same network and exit in FP32 minus its accuracy here, paired over the test samples: points, two-sided 95 % "
     "interval, then the upper one-sided 95 % limit, which is what a claim of being within x of FP32 has to stay under."
+)
+
+
+STEPS = (
+    "Rows whose backend differs in one field from another row of the same network, exit or refitted policy, where that field is by "
+    "default: accuracy here minus accuracy there, paired over the test samples."
 )
 
 
@@ -173,7 +182,7 @@ def _value(name: str, row: Row, notes: list[str]) -> str:
         return "" if absent(row["earlier_flips"]) else " + ".join(_say(f"{side}_flips", row[f"{side}_flips"]) for side in _SIDES)
     if name == "harm":
         return "" if absent(row["harmful_flips"]) else ", ".join(_say(f"{how}_flips", row[f"{how}_flips"]) for how in _HARMS)
-    if name in ("budget_violation", "exit_flips", "gain", "regret") and not absent(row[f"{name}_lo"]):
+    if name in ("budget_violation", "exit_flips", "gain", "step_gain", "regret") and not absent(row[f"{name}_lo"]):
         sign = "" if name == "exit_flips" else "+"
         value, lo, hi = (f"{round(100 * row[name + limit], 2) + 0.0:{sign}.2f}" for limit in ("", "_lo", "_hi"))  # no -0.00
         return f"{value} [{lo}, {hi}]"
@@ -273,6 +282,12 @@ def sections(rows: pd.DataFrame) -> Iterator[Section]:
         yield Section("Loss against FP32", PAIRED, header, body)
     if exits:
         yield _section("Exits", exits, _EXITS, notes)
+    stepped = {
+        (row["cell"], row["policy"], row["budget"], row["currency"]): row
+        for row in done if not absent(row["step_gain"]) and row["arm"] in ("", "refitted")
+    }  # fmt: skip
+    if stepped:
+        yield _section("One field more", list(stepped.values()), _STEPS, notes)._replace(lead=STEPS)
     if policies:
         shown = [row for row in policies if row["arm"] == "refitted" or absent(row["regret"])]  # what is left out, is told below
         bounds = [BOUND] if any(row["bound"] for row in policies) else []

@@ -1,12 +1,18 @@
 """Does it pay to quantize an anytime network by what its exits do?
 
-    make exp EXP=exit_aware            (about 2 hours on 2 quiet cores; the float networks lie in results/zoo)
+    make exp EXP=exit_aware            (about 40 minutes on 2 quiet cores; the float networks lie in results/zoo)
 
 Two ablations on SDN ResNet-56 and B-AlexNet under a max-probability policy at 0.6 of the network's cost. Exit-conditional
 calibration: every stage is calibrated, and its rounding learned, on the calibration images that reach it, against all of them on
 every stage; W4A8 and W4A4. Reach-weighted mixed precision: bits by an integer program that counts a layer's BOPs by how many
-samples reach it, and exits by how many leave there, against one that counts every layer and exit alike; both calibrated
-alike and allowed the same expected BOPs, those of W4A4. Policies are fitted on val after compression. It has not been run yet.
+samples reach it, and exits by how many leave there, against one that counts every layer and exit alike (``weigh=False``); both
+calibrated alike and allowed the same expected BOPs: W4A4's on SDN ResNet-56, three quarters of them on B-AlexNet, whose
+first layer keeps 8 bits. Policies are fitted on val after compression. What each field gives stands in the table under "One field
+more".
+
+It gave: calibration on what reaches a stage changes nothing beyond the noise, -0.24 to +0.14 points over all exits and budgets.
+Bits by reach: SDN ResNet-56 at 0.6 has 90.97 % where the plain choice has 90.58 (the difference 0.39 [0.06, 0.72]), uniform
+W4A4 90.63; B-AlexNet 77.76 and 77.57 (0.19 [-0.09, 0.47]). Learned rounding gives more than both: W4A4 by QDrop 91.58.
 """
 
 from anytime.backends.float import Float32
@@ -36,4 +42,5 @@ EXPERIMENT = Experiment(
     ),
     policies=(MaxProb(),),
     budgets=(0.4, 0.6, 0.8),
+    budgets_of="own",
 )

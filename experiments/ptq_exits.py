@@ -42,5 +42,6 @@ EXPERIMENT = Experiment(
     ),
     policies=(MaxProb(),),
     budgets=(0.25, 0.5, 0.75, 1.0),
+    budgets_of="own",
     boards=(Host(),),
 )

@@ -16,8 +16,9 @@ import pandas as pd
 from anytime.decided import example
 from anytime.gather import Asked, Network, Row
 from anytime.metrics import Ints
+from anytime.paired import unpacked
 from anytime.record import Record
-from anytime.rows import absent, unpacked
+from anytime.rows import absent
 
 SHOWN = 12  # images that leave first, and as many that leave last
 _INLINE = 200  # characters: longer facts are written once
