@@ -13,7 +13,7 @@ shopt -s nullglob
 case ${1:-} in
   pack)
     rm -rf "$kept"
-    for file in "$cache"/*-base/{checkpoint.pt,weights.safetensors,weights.sha256}; do
+    for file in "$cache"/*/checkpoint.pt "$cache"/*-base/weights.{safetensors,sha256}; do
       name=$(basename "$(dirname "$file")")
       if [ -e "$file" ] && [ ! -e "$zoo/$name.safetensors" ]; then
         mkdir -p "$kept/$name"
