@@ -136,3 +136,29 @@ def test_published_weights_have_no_reach():
     model.trained_on = data().calib.origins
     with pytest.raises(Leak, match="was trained on"):
         MixedPrecision(reach=REACH).compress(model, data().calib, trainer())
+
+
+LEARNED = MixedPrecision(bops=0.53, candidates=(3, 4, 8), rounding="qdrop", iterations=100)
+
+
+def test_rounding_is_learned_once_the_bits_are_chosen():
+    """The same widths, nearer to the float network."""
+    plain, learned = (b.compress(trained(), data().calib, trainer()) for b in (replace(LEARNED, rounding="nearest"), LEARNED))
+    assert learned.bits == plain.bits
+    assert learned.facts["reconstructed"].endswith("100 iterations each")
+    measured = [numbers(net.facts["distortion"])[1] for net in (plain, learned)]
+    assert measured[1] < 0.8 * measured[0]
+    assert LEARNED.column == "mixed (QDrop)"
+
+
+def test_what_was_learned_is_kept_for_those_bits(tmp_path, monkeypatch):
+    x, kept, search = data().test.x[:20].numpy(), replace(trainer(), folder=tmp_path), MixedPrecision._search
+    first = LEARNED.compress(trained(), data().calib, kept)
+    with monkeypatch.context() as m:
+        m.setattr("anytime.rounding.reconstruct", None)
+        assert (LEARNED.compress(trained(), data().calib, kept).predict(x) == first.predict(x)).all()
+    # On another machine the search may end elsewhere: what was learned for these bits would be nonsense there.
+    monkeypatch.setattr(MixedPrecision, "_search", lambda self, *args: search(replace(self, bops=0.8), *args))
+    other = LEARNED.compress(trained(), data().calib, kept)
+    assert other.bits != first.bits
+    assert len(list(tmp_path.glob("*/weights.safetensors"))) == 2

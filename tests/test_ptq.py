@@ -91,7 +91,7 @@ def test_records_can_say_what_was_done():
 def test_what_took_minutes_to_learn_is_kept(tmp_path, monkeypatch):
     x, made, keeper = data().test.x.numpy(), STEPS["everything"], replace(trainer(), folder=tmp_path, key="tiny")
     first = made.compress(trained(), data().calib, keeper)
-    monkeypatch.setattr("anytime.backends.ptq.reconstruct", None)
+    monkeypatch.setattr("anytime.rounding.reconstruct", None)
     again = made.compress(trained(), data().calib, keeper)
     assert np.array_equal(again.predict(x), first.predict(x)) and again.facts == first.facts
     with pytest.raises(TypeError):  # the saboteur: other iterations are another learning

@@ -22,7 +22,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "losses": "spec model",
     "files": "", "weights": "model files",
     "train": "spec model dataset augment losses osgd files weights",
-    "quant": "model metrics layers",
+    "quant": "model metrics layers", "rounding": "model train quant",
     "backend": "spec metrics model dataset train quant",
     "engine": "", "onnx_net": "metrics model quant backend engine", "peer": "spec model backend",
     "tf": "", "keras_layers": "layers quant tf", "keras_chain": "model quant keras_layers", "tflite_net": "metrics model backend tf",
@@ -32,7 +32,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "board": "spec metrics backend policy stops",
     "config": "spec model dataset train backend policy board",
     "models": "spec model layers forms", "datasets": "spec metrics dataset augment", "policies": "spec metrics stops policy threshold",
-    "backends": "spec metrics model dataset losses train quant backend cpu onnx_net peer cost reach combiners ensemble "
+    "backends": "spec metrics model dataset losses train quant rounding backend cpu onnx_net peer cost reach combiners ensemble "
     "tf keras_layers keras_chain tflite_net",
     "boards": "spec metrics backend board policy stops cpu execute nvidia", "nvidia": "",
     "find": "spec config",
@@ -54,7 +54,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
 
 HEAVY = {  # vendor -> rooms that may import it at the top of a file; the others only inside a method
     "torch": {
-        *("model", "layers", "forms", "dataset", "augment", "losses", "weights", "train", "quant", "backend", "cost"),
+        *("model", "layers", "forms", "dataset", "augment", "losses", "weights", "train", "quant", "rounding", "backend", "cost"),
         *("combiners", "ensemble_net", "ensemble"),
         *("models", "datasets", "backends", "boards"),
         *("workshop", "scoring", "run", "machine", "osgd", "onnx_net", "peer", "tf", "keras_layers", "keras_chain", "tflite_net"),

@@ -20,6 +20,8 @@ from anytime.quant.ranges import Observer
 from anytime.quant.search import Allocation, Choices, choices, divergence, sensitivities
 from anytime.quant.trace import traced
 from anytime.reach import Reach
+from anytime.rounding import NAMES, Rounding, learn_rounding
+from anytime.spec import key
 from anytime.train import Trainer
 
 
@@ -33,7 +35,8 @@ class MixedPrecision(Backend):
     that leaves there: the sum of what each layer's weight and each tensor does alone, on up to ``samples`` of the tune part.
     Without ``reach`` every sample runs everything, and exits weigh alike: the plain form. With it every stage is also
     calibrated on those calib samples that reach it. ``weigh`` False then still chooses as the plain form does, while calibration
-    and what ``bops`` limits go by ``reach``: the two sides of an ablation at equal expected BOPs.
+    and what ``bops`` limits go by ``reach``: the two sides of an ablation at equal expected BOPs. Once bits are chosen, ``rounding``
+    other than to nearest is learned in ``iterations`` a unit, as PTQ does, on the samples that calibrate (anytime/rounding.py).
     ``edge_bits``: the first layer and each head's last one, fixed where no candidate is wider, chosen too where none is
     narrower. ``add_bits``: tensors that an addition or a pooling reads too; layers that want fewer round them once more.
     Source: this project; sensitivities and program as quant/search.py says.
@@ -49,6 +52,8 @@ class MixedPrecision(Backend):
     weight_observer: Observer = "mse"
     edge_bits: int = 8
     add_bits: int = 8
+    rounding: Rounding = "nearest"
+    iterations: int = 2000
     keep_float: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,7 +77,7 @@ class MixedPrecision(Backend):
 
     @property
     def column(self) -> str:
-        return "mixed"
+        return "mixed" if self.rounding == "nearest" else f"mixed ({NAMES[self.rounding]})"
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         tune = trainer.tune
@@ -81,7 +86,8 @@ class MixedPrecision(Backend):
         reached = None if self.reach is None else self.reach.estimate(model, calib)
         float_chain = traced(model)
         nets = [quantized(float_chain, self._widths(width), target, self.keep_float) for width in self.candidates]
-        seen = nets[0].observe(calib.x, None if reached is None else torch.from_numpy(reached.last))
+        last = None if reached is None else torch.from_numpy(reached.last)
+        seen = nets[0].observe(calib.x, last)
         for net in nets:
             net.calibrate(seen, self.observer, self.weight_observer)
             net.check_coverage()
@@ -102,12 +108,15 @@ class MixedPrecision(Backend):
         net = quantized(float_chain, self._widths(self.candidates[0], allocation.bits), target, self.keep_float)
         net.calibrate(seen, self.observer, self.weight_observer)
         net.check_coverage()
+        # The bits too: another machine may choose others.
+        name = f"{key((self, tuple((layer, *bits) for layer, bits in sorted(net.bits.items()))))}-{target}"
+        learned = learn_rounding(net, float_chain, calib.x, self.rounding, self.iterations, trainer, name, last)
         sqnr = diagnosed(net, float_chain, calib.x[:256], calib.y[:256])
         done = fake_quant_net(net, target)
         done.sqnr = sqnr
         want, got = (torch.from_numpy(TorchNet(m, {}, simulated=True).predict(x.numpy())) for m in (float_chain, done.twin))
         spent = {form: f"{c.cost(allocation.bits) / _w8a8(c):.4f}" for form, c in (("plain", plain), ("expected", counted))}
-        done.facts |= {
+        done.facts |= learned | {
             "bits": ", ".join(f"W{b.weight}A{b.activation} x {n}" for b, n in Counter(allocation.bits.values()).most_common()),
             "bops_of_w8a8": f"{spent['expected']} expected, {spent['plain']} if every sample runs everything",
             "bound": f"distortion {bound:.6g}" if bound is not None else f"expected BOPs {self.bops:g} of W8A8's",

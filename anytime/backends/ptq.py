@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from anytime.quant.diagnose import diagnosed
 from anytime.quant.equalize import equalize
 from anytime.quant.graph import quantized
 from anytime.quant.ranges import NEEDS_VALUES
-from anytime.quant.reconstruct import Reconstruction, reconstruct
 from anytime.quant.trace import traced
 from anytime.reach import Reach
+from anytime.rounding import NAMES, Rounding, learn_rounding
 from anytime.spec import key
 from anytime.train import Trainer
-
-Rounding = Literal["nearest", "adaround", "brecq", "qdrop"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class PTQ(IntegerBackend):
 
     In this order: ``equalize`` evens out the ranges of neighbouring layers (quant/equalize.py); the grids are calibrated, with
     ``reach`` every stage on the samples that reach it (anytime/reach.py); ``rounding`` other than to nearest is learned in
-    ``iterations`` a unit (quant/reconstruct.py), and kept as trainings are; ``reestimate_bn`` folds BatchNorm only then, its
+    ``iterations`` a unit (anytime/rounding.py), and kept as trainings are; ``reestimate_bn`` folds BatchNorm only then, its
     statistics moved by as much as rounding has moved them on the calibration images; ``correct_bias`` takes the mean error out
     of every bias (both quant/bias.py). A network of which an exit falls to chance raises Collapsed.
     benchmarks/repair.py: SDN ResNet-20, to nearest, tune and val, KL x 1000 from float at the first, middle and last exit: W4A8
@@ -63,7 +61,7 @@ class PTQ(IntegerBackend):
     def column(self) -> str:
         said = [
             *(["CLE"] if self.equalize else []),
-            *([_NAMES[self.rounding]] if self.rounding != "nearest" else []),
+            *([NAMES[self.rounding]] if self.rounding != "nearest" else []),
             *(["BN"] if self.reestimate_bn else []),
             *(["BC"] if self.correct_bias else []),
             *(["reached"] if self.reach else []),
@@ -83,14 +81,8 @@ class PTQ(IntegerBackend):
         seen = net.observe(calib.x, reached, values=self.observer in NEEDS_VALUES)
         net.calibrate(seen, self.observer, self.weight_observer)
         net.check_coverage()
-        if self.rounding != "nearest":
-            how = Reconstruction(**_HOW[self.rounding], iterations=self.iterations)
-
-            def learn() -> dict[str, str]:
-                units = reconstruct(net, chain, calib.x, how, trainer.train_seed, reached, trainer.progress)
-                return {"reconstructed": f"{len(units)} units, {self.iterations} iterations each"}
-
-            facts |= trainer.once(net.model, f"{key(self)}-{target}", learn)
+        name = f"{key(self)}-{target}"
+        facts |= learn_rounding(net, chain, calib.x, self.rounding, self.iterations, trainer, name, reached)
         if self.reestimate_bn:
             _match_bn(net.model, chain, calib.x)
         if self.correct_bias:
@@ -115,11 +107,3 @@ def _match_bn(net: AnytimeModel, chain: AnytimeModel, x: Tensor) -> None:
         wider = ((bn.running_var + bn.eps) / (now.running_var + bn.eps)).sqrt()
         bn.running_mean += wider * (trained.running_mean - now.running_mean)
         bn.running_var.copy_(wider.square() * (trained.running_var + bn.eps) - bn.eps)
-
-
-_NAMES = {"adaround": "AdaRound", "brecq": "BRECQ", "qdrop": "QDrop"}
-_HOW: dict[str, dict[str, Any]] = {
-    "adaround": {"unit": "layer", "drop": 0.0, "learn_steps": False},
-    "brecq": {"unit": "block", "drop": 0.0, "learn_steps": True},
-    "qdrop": {"unit": "block", "drop": 0.5, "learn_steps": True},
-}
