@@ -7,12 +7,13 @@ calibration: every stage is calibrated, and its rounding learned, on the calibra
 every stage; W4A8 and W4A4. Reach-weighted mixed precision: bits by an integer program that counts a layer's BOPs by how many
 samples reach it, and exits by how many leave there, against one that counts every layer and exit alike (``weigh=False``); both
 calibrated alike and allowed the same expected BOPs: W4A4's on SDN ResNet-56, three quarters of them on B-AlexNet, whose
-first layer keeps 8 bits; to nearest, and with rounding learned by QDrop. Policies are fitted on val after compression. What each field gives stands in the table under "One field
-more".
+first layer keeps 8 bits; rounded to nearest, and by QDrop. Policies are fitted on val after compression. What each field gives
+stands in the table under "One field more".
 
 It gave: calibration on what reaches a stage changes nothing beyond the noise, -0.24 to +0.14 points over all exits and budgets.
 Bits by reach: SDN ResNet-56 at 0.6 has 90.97 % where the plain choice has 90.58 (the difference 0.39 [0.06, 0.72]), uniform
-W4A4 90.63; B-AlexNet 77.76 and 77.57 (0.19 [-0.09, 0.47]). Learned rounding gives more than both: W4A4 by QDrop 91.58.
+W4A4 90.63; B-AlexNet 77.76 and 77.57 (0.19 [-0.09, 0.47]). Learned rounding gives more than both: W4A4 by QDrop 91.58. Both
+together have not been run yet.
 """
 
 from anytime.backends.float import Float32
