@@ -96,7 +96,7 @@ class Bundle:
         """Answer one image."""
         started = perf_counter()
         exit, logits = self._one.one(self.prepared([image]))
-        return self._said(Answers(np.array([0]), exit, logits, np.array([1e3 * (perf_counter() - started)])))[0]
+        return self._said(Answers(np.array([0]), np.array([exit]), logits, np.array([1e3 * (perf_counter() - started)])))[0]
 
     def batch(self, images: Any, batch: int = 64) -> list[Answer]:
         """Answer many images [N, H, W, C], or a sequence of them, ``batch`` at a time; in their order."""

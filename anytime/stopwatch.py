@@ -63,7 +63,7 @@ class _Replay:
         exit, answer = one(sample)
         said = answer.argmax()
         w1, c1 = perf_counter_ns(), process_time_ns()
-        return [[w1 - w0, c1 - c0, int(exit[0]), int(said)]]
+        return [[w1 - w0, c1 - c0, exit, int(said)]]
 
 
 class _Batches:
