@@ -19,6 +19,7 @@ from anytime.model import AnytimeModel, ModelSpec
 from anytime.model import Plan as Plan
 from anytime.model import Segment as Segment
 from anytime.quant.bits import FP32 as FP32
+from anytime.quant.bits import INT8_WIDTHS as INT8_WIDTHS
 from anytime.quant.bits import BitMap as BitMap
 from anytime.quant.bits import Bits as Bits
 from anytime.quant.bits import Target as Target

@@ -8,6 +8,7 @@ from pathlib import Path
 
 FP16_KERNELS = ("avx512_fp16", "amx_fp16", "asimdhp")  # any one: half-precision arithmetic, not conversions
 BF16_KERNELS = ("avx512_bf16", "amx_bf16", "bf16")
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # products of u8 and s8 added up in 32 bits
 
 
 @lru_cache
@@ -27,6 +28,11 @@ def flags() -> frozenset[str]:
 def has_any(wanted: tuple[str, ...]) -> bool:
     """Whether the processor has one of the flags."""
     return bool(flags() & set(wanted))
+
+
+def saturates() -> bool:
+    """Whether its instructions for u8 times s8 add two products in 16 bits: an x86 without VNNI."""
+    return has_any(("sse2",)) and not has_any(VNNI)
 
 
 def stalled_us() -> int | None:

@@ -21,6 +21,7 @@ from anytime.board import board_test
 from anytime.bundle import KIND, SCHEMA, fingerprint, read_manifest
 from anytime.cells import find_cell, inner
 from anytime.config import Cell, Experiment
+from anytime.engine import EXACT_INT8
 from anytime.errors import AnytimeError, Unsupported, UsageError, WriteError, near
 from anytime.facts import Fact, facts_of
 from anytime.files import write_atomically
@@ -165,15 +166,20 @@ def write_single(chosen: Chosen, to: Path) -> Path:
 
 
 def how_to_use(chosen: Chosen, to: Path, single: bool) -> str:
-    """Three lines of Python that run what was written."""
+    """A few lines of Python that run what was written."""
     parts = chosen.shop.data(chosen.cell.data, chosen.cell.seed)
     c, h, w = parts.input_shape
     if not single:
         shape = f"[{h}, {w}]" if c == 1 else f"[{h}, {w}, {c}]"
         return f"import anytime\nnet = anytime.load({str(to)!r})\nprint(net(image))  # uint8 {shape}, as PIL and numpy give it"
     mean, std = (v[0] if c == 1 else f"{list(v)}" for v in parts.preprocessing)
+    exact = (
+        f"options = onnxruntime.SessionOptions()\noptions.add_session_config_entry{EXACT_INT8}  # INT8 for CPUs without VNNI too\n"
+        if chosen.net.bits
+        else ""
+    )
     return (
-        f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(to)!r})\n"
+        f"import onnxruntime\n{exact}session = onnxruntime.InferenceSession({str(to)!r}{', options' if exact else ''})\n"
         f'label, confidence, exit, logits = session.run(None, {{"x": x}})  '
         f"# x: float32 [1, {c}, {h}, {w}], (pixel / 255 - {mean}) / {std}{'' if c == 1 else ', per channel'}"
     )

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from anytime import cpu
 from anytime.augment import cutout
 from anytime.dataset import Augment, Part
 from anytime.errors import CorruptFile, Diverged, UsageError, near
@@ -43,9 +44,10 @@ class Recipe(Spec):
     network without its exits, trained by the same recipe for ``trunk_epochs`` (0: as many as ``epochs``): BranchyNet's way, and
     the mixed regime of arXiv:2407.14320 (the trunk first, then all jointly).
     ``cutout`` paints a square of so many pixels over every image, after the data set's own augmentation.
-    ``precision`` "bf16" is autocast, taken where the device gains from it. ``device`` "auto" is CUDA where there is some,
-    else the CPU; "cpu", "cuda" and "cuda:1" are taken at their word. ``compile`` trains through torch.compile: other last
-    digits, and a minute before the first step.
+    ``precision`` "bf16" is autocast where the device multiplies bfloat16, else fp32 (a CPU that imitates bf16 takes ten times
+    as long); the weights say which it was. ``device`` "auto" is CUDA where there is some, else the CPU; "cpu", "cuda" and
+    "cuda:1" are taken at their word. ``compile`` trains through torch.compile: other last digits, and a minute before the
+    first step.
     """
 
     epochs: int = 30
@@ -179,13 +181,17 @@ class Trainer:
 
     def wall_s(self, name: str = "base") -> float | None:
         """Seconds that the finished training of this name took; None where nothing tells."""
+        said = self.said(name).get("wall_s")
+        return None if said is None else float(said)
+
+    def said(self, name: str = "base") -> dict[str, str]:
+        """What the finished training of this name says of itself (wall_s, device, precision); empty where nothing tells."""
         found = self.finished(name)
         if not found:
-            return None
+            return {}
         with found[0].open("rb") as f:
             header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        said = header.get("__metadata__", {}).get("wall_s")
-        return None if said is None else float(said)
+        return dict(header.get("__metadata__", {}))
 
     def finished(self, name: str = "base") -> list[Path]:
         """Where weights of a finished training of this name lie, the first to be taken."""
@@ -215,10 +221,13 @@ def _run(
     optimizer, schedule = _optimizer(model, recipe, steps)
     started = time.perf_counter()
     first, spent = 0, 0.0
+    bf16 = recipe.precision == "bf16" and _multiplies_bf16(device)
+    computed = ["bf16" if bf16 else "fp32"]
     carried: dict[str, float] = {}  # what the loss remembers from batch to batch
     together = OSGD(optimizer, per_tensor=recipe.orthogonal == "tensor") if recipe.orthogonal != "no" else None
     if place is not None and (place / "checkpoint.pt").exists():
-        first, spent = _resume(place / "checkpoint.pt", model, optimizer, schedule, carried)
+        first, spent, before = _resume(place / "checkpoint.pt", model, optimizer, schedule, carried)
+        computed = list(dict.fromkeys([*(before or [recipe.precision]), *computed]))
     for epoch in range(first, recipe.epochs):
         # Everything random in an epoch comes from (seed, epoch), so a resumed epoch is the same epoch.
         torch.manual_seed(seed * 100_003 + epoch)
@@ -234,7 +243,7 @@ def _run(
             if recipe.cutout:
                 batch = cutout(batch, draw, recipe.cutout)
             batch = batch.contiguous(memory_format=layout).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = forward(batch)
             terms = recipe.loss(logits.float(), y[i].to(device), epoch / recipe.epochs, carried)
             loss = terms.sum()
@@ -261,6 +270,7 @@ def _run(
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict() if schedule is not None else {},
                 "loss": carried,
+                "computed": computed,
                 "spent_s": spent + time.perf_counter() - started,
             }
             body = io.BytesIO()
@@ -271,7 +281,8 @@ def _run(
     model.trained_on = model.trained_on | {trainer.train.digest}
     if place is not None:
         wall_s = f"{spent + time.perf_counter() - started:.1f}"
-        save_weights(model, place / "weights.safetensors", {"wall_s": wall_s, "device": _device_name(device)})
+        said = {"wall_s": wall_s, "device": _device_name(device), "precision": ", then ".join(computed)}
+        save_weights(model, place / "weights.safetensors", said)
         (place / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -286,6 +297,12 @@ def _device(name: str) -> torch.device:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return cpu.has_any(cpu.BF16_KERNELS)
 
 
 def _compiled(model: AnytimeModel) -> Callable[[Tensor], Tensor]:
@@ -320,7 +337,8 @@ def _optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.opti
 
 def _resume(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, carried: dict[str, float]
-) -> tuple[int, float]:
+) -> tuple[int, float, list[str]]:
+    """Epochs done, seconds spent, and in what precisions (empty: a checkpoint from before that was kept)."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
@@ -328,6 +346,6 @@ def _resume(
         if schedule is not None:
             schedule.load_state_dict(state["schedule"])
         carried.update(state["loss"])
-        return int(state["epoch"]), float(state["spent_s"])
+        return int(state["epoch"]), float(state["spent_s"]), list(state.get("computed", ()))
     except Exception as error:
         raise CorruptFile(f"the checkpoint {path} cannot be read ({first_line(error)}): delete it and start again") from error

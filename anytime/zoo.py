@@ -52,7 +52,8 @@ def add(exp: Experiment, results: Path) -> list[Path]:
         manifest[name] = {
             "model": cell.model.label, "data": cell.data.label, "sha256": digest.strip(), "bytes": len(body),
             "accuracy": [e["accuracy"] for e in record.exits], "trained_on": record.facts["trained_on"],
-            "wall_s": float(meta["wall_s"]), "training_device": meta.get("device", "cpu"), "device": record.facts["device"],
+            "wall_s": float(meta["wall_s"]), "training_device": meta.get("device", "cpu"),
+            "training_precision": meta.get("precision", cell.recipe.precision), "device": record.facts["device"],
             "versions": record.facts["versions"], "git": record.facts["git"], "experiment": exp.name,
             "command": shlex.join(["python", "-m", "anytime", *sys.argv[1:]]), "added_by": machine.commit(),
             "spec": plain(("training", cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed)),

@@ -445,7 +445,7 @@ def test_words_that_mean_no_one_network(home, words, said):
         with pytest.raises(UsageError, match=said):
             find_cell([str(home.exp), *words])
     else:
-        with pytest.raises(Unsupported, match="FP32 and W8A8, not W4A8"):
+        with pytest.raises(Unsupported, match="FP32, W8A8 and W7A8, not W4A8"):
             home.choose(*words)
 
 

@@ -1,5 +1,7 @@
 """The graphs that are written: the same answers as the chain, in ONNX's own reference evaluator and in ONNX Runtime."""
 
+from functools import partial
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -8,6 +10,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from anytime.engine import EXACT_INT8, OnnxRuntimeGraph
 from anytime.errors import Unsupported
 from anytime.layers import MixedPool2d, ZeroPadShortcut
 from anytime.model import AnytimeModel, Segment
@@ -29,12 +32,18 @@ CHAINS = {name: (chain, int_bias) for name, chain, int_bias in chains()}
 SHAPE = (3, 16, 16)
 
 
+def session_of(proto):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(*EXACT_INT8)
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 def runners(proto):
     newer = onnx.ModelProto.FromString(proto.SerializeToString())
     newer.opset_import[0].version = 19  # the evaluator knows Q/DQ from 19 on; what 13 says of these operators is the same
     newer.ir_version = 9
     yield "reference", ReferenceEvaluator(newer).run
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = session_of(proto)
     yield "onnxruntime", session.run
 
 
@@ -64,13 +73,41 @@ def test_a_fused_prefix_is_bit_by_bit_the_links_in_turn():
 
     def run(segment, value):
         proto = writer.write(segment)
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = session_of(proto)
         return session.run(None, {proto.graph.input[0].name: value})
 
     (state,) = run(Segment(0, 1, None), x)
     (state,) = run(Segment(1, 2, None), state)
     apart = run(Segment(2, 3, 2), state)[0]
     assert np.array_equal(apart, run(Segment(0, 3, 2), x)[0])
+
+
+@pytest.mark.parametrize("inside", ["flat", "If"])
+def test_products_that_overflow_16_bits_are_added_exactly(inside):
+    """On an x86 CPU without VNNI the engine's own defaults saturate: 2 x 255 x 127 > 32,767."""
+    rng = np.random.default_rng(0)
+    weights, x = rng.choice([-127, 127], (64, 4)).astype(np.int8), rng.integers(200, 256, (32, 64)).astype(np.float32)
+    arrays = {"s": np.float32(1), "z": np.uint8(0), "w": weights, "ws": np.float32(1), "wz": np.int8(0)}
+    initializers = [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items()]
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        onnx.helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"]),
+        onnx.helper.make_node("MatMul", ["d", "wd"], ["y"]),
+    ]
+    value = partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT)
+    taken, given = value("x", shape=[None, 64]), value("y", shape=[None, 4])
+    if inside == "If":
+        branch = onnx.helper.make_graph(nodes, "branch", [], [given], initializers)
+        nodes = [
+            onnx.helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
+            onnx.helper.make_node("Cast", ["top"], ["some"], to=onnx.TensorProto.BOOL),
+            onnx.helper.make_node("If", ["some"], ["y"], then_branch=branch, else_branch=branch),
+        ]
+        initializers = []
+    graph = onnx.helper.make_graph(nodes, "g", [taken], [given], initializers)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR)
+    assert np.array_equal(OnnxRuntimeGraph(proto.SerializeToString(), 1)([x])[0], x @ weights)
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -84,7 +121,7 @@ def test_channels_last_between_segments_changes_no_bit(name):
         for k in range(chain.n_exits):
             proto = writer.write(Segment(k, k + 1, k))
             onnx.checker.check_model(proto, full_check=True)
-            session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+            session = session_of(proto)
             z, *rest = session.run(None, {proto.graph.input[0].name: state})
             logits.append(z)
             if rest:

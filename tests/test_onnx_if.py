@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 
 from anytime.board import board_test
+from anytime.engine import EXACT_INT8
 from anytime.errors import Unsupported
 from anytime.onnx_if import IR, OPSET, OUTPUTS, single_file
 from anytime.onnx_net import OnnxNet, written
@@ -47,6 +48,7 @@ def saved(made, logits, policy, **metadata):
 def session(model, profile=""):
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options.add_session_config_entry(*EXACT_INT8)
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

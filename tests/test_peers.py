@@ -30,6 +30,7 @@ from anytime.backends.ptq import PTQ
 from anytime.backends.torchao import TorchAO
 from anytime.cost import account
 from anytime.dataset import Part
+from anytime.engine import EXACT_INT8
 from anytime.errors import AnytimeError, Unsupported, UsageError
 from anytime.layers import BasicBlock
 from anytime.model import AnytimeModel
@@ -86,7 +87,9 @@ def test_onnx_runtimes_quantizer_is_called_as_anybody_would_call_it():
         Path(plain).write_bytes(written(traced(model), SHAPE, Segment(0, 1, 0)))
         quant_pre_process(plain, ready)
         quantize_static(ready, done, Reader(), activation_type=QuantType.QUInt8)
-        session = onnxruntime.InferenceSession(done, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry(*EXACT_INT8)
+        session = onnxruntime.InferenceSession(done, options, providers=["CPUExecutionProvider"])
         want = session.run(None, {"x": x.numpy()})[0]
     net = OrtQuantizer().compress(model, calib(x), None)
     assert np.array_equal(net.predict(x.numpy())[0], want)

@@ -21,7 +21,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "model": "spec", "dataset": "spec metrics", "policy": "spec metrics stops", "threshold": "metrics policy",
     "losses": "spec model",
     "files": "", "weights": "model files",
-    "train": "spec model dataset augment losses osgd files weights",
+    "train": "spec model dataset augment losses osgd files weights cpu",
     "quant": "model metrics layers", "rounding": "model train quant",
     "backend": "spec metrics model dataset train quant",
     "engine": "", "onnx_net": "metrics model quant backend engine", "peer": "spec model backend",
@@ -47,7 +47,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "stopwatch": "metrics policy backend cpu execute",
     "execute": "metrics policy", "bundle": "metrics stops policy policies engine execute", "onnx_if": "",
     "cells": "spec config facts find backends",
-    "export": "cells machine spec metrics policy board files train config facts find arms workshop backends onnx_net onnx_if bundle",
+    "export": "cells machine spec metrics policy board files train config facts find arms workshop backends onnx_net onnx_if bundle engine",
     "measure": "board boards config find run train",
     "__main__": " ".join(EVERYTHING - {"__main__"}),
 }  # fmt: skip

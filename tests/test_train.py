@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anytime import cpu
 from anytime.errors import CorruptFile, Diverged, UsageError, WriteError
 from anytime.files import write_atomically
 from anytime.losses import Joint
@@ -103,6 +104,24 @@ def test_a_finished_training_is_loaded_not_repeated(tmp_path):
 
     got = replace(kept(tmp_path), progress=never).fit(fresh())
     assert same(got, want) and got.trained_on == want.trained_on == {data().train.digest}
+
+
+def test_bf16_is_taken_where_the_cpu_multiplies_it_and_the_weights_say_so(tmp_path, monkeypatch):
+    def on(folder, *flags, until=3, precision="bf16"):
+        def stop(what, done, total):
+            if done > until * total // 3:
+                raise Killed
+
+        monkeypatch.setattr(cpu, "flags", lambda: frozenset(flags))
+        with suppress(Killed):
+            return replace(kept(tmp_path / folder, precision=precision), progress=stop).fit(fresh())
+
+    plain, imitated = on("plain", "avx2", precision="fp32"), on("imitated", "avx2")
+    assert same(plain, imitated) and kept(tmp_path / "imitated").said()["precision"] == "fp32"
+    assert not same(plain, on("real", "avx512_bf16")) and kept(tmp_path / "real").said()["precision"] == "bf16"
+    on("moved", "avx512_bf16", until=1)
+    on("moved", "avx2")
+    assert kept(tmp_path / "moved").said()["precision"] == "bf16, then fp32"
 
 
 def test_seeds_matter_and_repeat():

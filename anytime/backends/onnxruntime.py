@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
-from anytime.backend import Backend, Deployable, Target, TorchNet
+from anytime.backend import INT8_WIDTHS, Backend, Deployable, Target, TorchNet
 from anytime.dataset import Part
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
@@ -19,6 +19,7 @@ from anytime.train import Trainer
 class OnnxRuntime(Backend):
     """What ``of`` makes, executed by ONNX Runtime on the CPU: FP32 graphs, or INT8 with u8 activations and s8 weights.
 
+    Its answers are the same on every x86 CPU; one without VNNI runs slower kernels for it (EXACT_INT8 in anytime/engine.py).
     Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 13; ONNX Runtime's documentation, "Quantize ONNX
     models", section "Method selection" (u8s8 on x86).
     """
@@ -38,11 +39,11 @@ class OnnxRuntime(Backend):
         inner = self.of.compress(model, calib, trainer, "u8s8")
         if not isinstance(inner, TorchNet):
             raise Unsupported(f"{self.of.label} brings its own graphs and engine ({inner.execution}): leave OnnxRuntime out")
-        odd = {b for b in inner.bits.values() if b != (8, 8)}
+        odd = set(inner.bits.values()) - INT8_WIDTHS
         if odd:
             said = ", ".join(sorted(f"W{b.weight}A{b.activation}" for b in odd))
             raise Unsupported(
-                f"ONNX Runtime's CPU kernels here are FP32 and W8A8, not {said}: score {self.of.label} without the engine"
+                f"ONNX Runtime's CPU kernels here are FP32, W8A8 and W7A8, not {said}: score {self.of.label} without the engine"
             )
         chain = inner.twin if inner.bits else traced(inner.twin)
         graph = partial(written, chain, tuple(calib.x.shape[1:]), channels_last=True)

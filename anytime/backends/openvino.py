@@ -15,7 +15,8 @@ from typing import ClassVar
 
 import torch
 
-from anytime.backend import Backend, Deployable, Target, TorchNet
+from anytime import cpu
+from anytime.backend import INT8_WIDTHS, Backend, Deployable, Target, TorchNet
 from anytime.dataset import Part
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
@@ -31,7 +32,8 @@ class OpenVINO(Backend):
     The same graphs as under ONNX Runtime, but for the layout of the state (see OnnxChain) and for additions that OpenVINO
     fuses into a convolution, which round only their skip side (see Placement); a peer's graphs (``OpenVINO(of=NNCF())``) are
     taken as they are. In BF16 the state between segments is float32, and the twin computes in
-    float32 with weights rounded to bfloat16.
+    float32 with weights rounded to bfloat16. On an x86 CPU without VNNI its INT8 adds two products in 16 bits, where they
+    saturate: other answers come out, the column "agreement" says how many, and ``PTQ(weight_bits=7, edge_bits=7)`` is the cure.
     Source: OpenVINO's documentation, "CPU Device", sections on inference precision and on quantized models; ONNX operators
     QuantizeLinear and DequantizeLinear, opset 13.
     """
@@ -52,16 +54,19 @@ class OpenVINO(Backend):
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         inner = self.of.compress(model, calib, trainer, "u8s8-fused")
         facts = {k: v for k, v in inner.facts.items() if k != "simulated"}
+        if not isinstance(inner, TorchNet | GraphNet):
+            raise Unsupported(f"{self.of.label} brings its own engine ({inner.execution}): leave OpenVINO out")
+        if any(b.weight == 8 for b in inner.bits.values()) and cpu.saturates():
+            facts["saturates"] = "no VNNI on this CPU: two products are added in 16 bits and saturate; 7 bits of weights do not"
         if isinstance(inner, GraphNet):
             return OpenVINONet(inner.twin, inner.bits, inner.graph, facts)
-        if not isinstance(inner, TorchNet):
-            raise Unsupported(f"{self.of.label} brings its own engine ({inner.execution}): leave OpenVINO out")
         bf16 = inner.dtype == torch.bfloat16
-        odd = set(inner.bits.values()) - {(8, 8)} if not bf16 else set()
+        odd = set(inner.bits.values()) - INT8_WIDTHS if not bf16 else set()
         if odd:
             said = ", ".join(sorted(f"W{b.weight}A{b.activation}" for b in odd))
             raise Unsupported(
-                f"OpenVINO's CPU kernels here are FP32, BF16 and W8A8, not {said}: score {self.of.label} without the engine"
+                f"OpenVINO's CPU kernels are FP32, W8A8, W7A8 and, where the CPU multiplies it, BF16, not {said}: "
+                f"score {self.of.label} without the engine"
             )
         twin = copy.deepcopy(inner.twin).float() if bf16 else inner.twin
         chain = twin if inner.bits and not bf16 else traced(twin)

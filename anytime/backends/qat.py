@@ -57,13 +57,17 @@ class QAT(IntegerBackend):
         net = prepared(model, calib.x, self.widths, target, self.observer, self.weight_observer, left_out, self.fold_bn)
         learn(net, self.learns)
         student = _Taught(net.model, model) if self.teach else net.model
+        name = f"{key(self)}-{target}"
         trainer.fit(
-            student, name=f"{key(self)}-{target}", epochs=self.epochs, lr_scale=self.lr_scale, precision=self.precision,
+            student, name=name, epochs=self.epochs, lr_scale=self.lr_scale, precision=self.precision,
             loss=FromTeacher(of=trainer.recipe.loss, share=self.teach) if self.teach else None, each_epoch=self._freeze,
         )  # fmt: skip
         net.model.trained_on = student.trained_on
         diagnosed(net, traced(model, self.fold_bn), calib.x[:256], calib.y[:256])  # noise is none of its training's: not kept
-        return fake_quant_net(net, target)
+        deployable = fake_quant_net(net, target)
+        if computed := trainer.said(name).get("precision"):
+            deployable.facts["trained_in"] = computed
+        return deployable
 
     def _freeze(self, model: AnytimeModel, done: float) -> None:
         if done >= self.freeze_bn:

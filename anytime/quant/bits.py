@@ -18,4 +18,5 @@ class Bits(NamedTuple):
 
 
 FP32 = Bits(32, 32)
+INT8_WIDTHS = frozenset({Bits(8, 8), Bits(7, 8)})  # what kernels for 8 bits multiply; of 7 bits no two products overflow 16
 BitMap = Mapping[str, Bits]  # layer path ("stages.0.0") -> bits; a path left out is FP32

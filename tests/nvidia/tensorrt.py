@@ -190,6 +190,7 @@ class Engine:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.x64quantprecision", "1")
         # As anytime/engine.py: what was kept in float on purpose stays so.
         off = ["WeightBiasQuantization"]
         session = onnxruntime.InferenceSession(self._body, options, providers=["CPUExecutionProvider"], disabled_optimizers=off)

@@ -28,6 +28,7 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = job["threads"], 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.x64quantprecision", "1")  # see EXACT_INT8 in anytime/engine.py
         # See anytime/engine.py: it would quantize what was kept in float on purpose.
         off = [] if manifest["float_biases"] else ["WeightBiasQuantization"]
         wanted = job["provider"]
