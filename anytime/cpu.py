@@ -8,6 +8,10 @@ from pathlib import Path
 
 FP16_KERNELS = ("avx512_fp16", "amx_fp16", "asimdhp")  # any one: half-precision arithmetic, not conversions
 BF16_KERNELS = ("avx512_bf16", "amx_bf16", "bf16")
+NOTED = (  # what shapes speed or, in 8 and 16 bits, answers
+    *("avx2", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # products of u8 and s8 added up in 32 bits
 
 
@@ -28,6 +32,11 @@ def flags() -> frozenset[str]:
 def has_any(wanted: tuple[str, ...]) -> bool:
     """Whether the processor has one of the flags."""
     return bool(flags() & set(wanted))
+
+
+def of_note() -> str:
+    """The flags that a reader of a number should know."""
+    return " ".join(f for f in NOTED if f in flags()) or ("none of note" if flags() else "unknown")
 
 
 def saturates() -> bool:

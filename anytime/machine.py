@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from anytime import __version__
+from anytime import __version__, cpu
 
 PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "ptflops", "scikit-learn")
 
@@ -51,9 +51,10 @@ def commit() -> dict[str, Any]:
 
 @lru_cache
 def facts() -> dict[str, Any]:
-    """The host that predicted: processor, cores, threads. Boards say more of themselves."""
+    """The host that predicted: processor, its flags, cores, threads. Boards say more of themselves."""
     return {
         "cpu": _cpu_model(),
+        "flags": cpu.of_note(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),

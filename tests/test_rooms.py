@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "anytime"
 EVERYTHING = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p.is_dir() and not p.name.startswith("_"))} - {"__init__"}
 
 MAY = {  # room -> rooms that it may import; errors may be imported by every one but stops
-    "errors": "", "stops": "", "cpu": "", "layers": "", "forms": "", "machine": "",
+    "errors": "", "stops": "", "cpu": "", "layers": "", "forms": "", "machine": "cpu",
     "spec": "", "metrics": "", "record": "",
     "progress": "", "augment": "dataset", "osgd": "",
     "gather": "metrics record", "decided": "decisions metrics gather",

@@ -30,10 +30,6 @@ from anytime.policy import Policy
 
 Job = tuple[Deployable, Policy | None]  # without a policy: link by link
 
-FLAGS = (
-    *("avx2", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
-    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
-)
 SILENCE_S = 180.0  # a child beats about every second; opening one network is the longest that it may take between two
 ENGINES = {
     "torch": "torch",
@@ -110,7 +106,7 @@ class Host(Board):
         avg10 = re.search(r"some avg10=([\d.]+)", cpu.read("/proc/pressure/cpu"))
         return {
             "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
-            "flags": " ".join(f for f in FLAGS if f in cpu.flags()) or ("none of note" if cpu.flags() else "unknown"),
+            "flags": cpu.of_note(),
             "cores": f"{_cores()} of {os.cpu_count()}",
             "threads": str(self.threads),
             "batch": str(self.batch),
