@@ -24,8 +24,8 @@ def add(exp: Experiment, results: Path) -> list[Path]:
     """Copy the float networks that an experiment has trained from its cache to ``results/zoo``; answer their files.
 
     ``manifest.json`` holds for each its spec, key, ``trained_on``, sha256, test accuracy per exit, command, wall time,
-    ``training_device`` and the host that evaluated it. What is not trained and evaluated yet is left out, UsageError when
-    that is all; files over 4 MB are refused.
+    ``training_device``, ``training_precision`` and the host that evaluated it. What is not trained and evaluated yet is left
+    out, UsageError when that is all; files over 4 MB are refused.
     """
     zoo, shop = results / "zoo", Workshop(results)
     known = {r.fact: r for r, _ in load(results / "records", exp.name).records if r.kind == "eval"}

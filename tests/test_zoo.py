@@ -55,6 +55,7 @@ def test_the_manifest_says_where_they_come_from(zoo):
         assert (zoo / "zoo" / f"{name}.safetensors").stat().st_size == entry["bytes"]
         assert {"spec", "trained_on", "sha256", "accuracy", "command", "wall_s", "device", "git"} <= entry.keys()
         assert entry["training_device"] == "cpu" or torch.cuda.is_available()
+        assert entry["training_precision"] == "fp32"
 
 
 def test_a_tampered_file_is_refused_by_its_hash(zoo, tmp_path):
