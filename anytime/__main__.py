@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anytime.errors import AnytimeError
+from anytime.errors import AnytimeError, WriteError
 
 if TYPE_CHECKING:  # to import it takes longer than many commands
     import pandas as pd
@@ -309,9 +309,10 @@ def _board(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from anytime.export import choose, how_to_use, write_bundle, write_single
+    from anytime.export import check_free, choose, how_to_use, write_bundle, write_single
     from anytime.progress import Bars
 
+    check_free(args.to, args.single_file)  # before anything is trained for it
     with Bars(args.quiet) as bars:
         chosen = choose(args.cell, args.sets, args.results, args.policy, args.budget, bars.step)
         path = (write_single if args.single_file else write_bundle)(chosen, args.to)
@@ -347,7 +348,10 @@ def _clean_cache(args: argparse.Namespace) -> int:
         print(f"{size / 1e6:10.1f} MB  {folder}")
     print(f"{total / 1e6:10.1f} MB  in all; records, tables and figures are not in it, but trained weights are")
     if args.yes:
-        shutil.rmtree(cache)
+        try:
+            shutil.rmtree(cache)
+        except OSError as error:
+            raise WriteError(f"cannot delete {error.filename or cache}: {error.strerror or error}") from error
         print(f"deleted {cache}")
     else:
         print("nothing was deleted: add --yes (make clean-cache YES=1)")

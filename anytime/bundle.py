@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from anytime import policies, stops
+from anytime import cpu, policies, stops
 from anytime.engine import Graph, OnnxRuntimeGraph, OpenVINOGraph
 from anytime.errors import AnytimeError, CorruptFile, UsageError, near
 from anytime.execute import Answers, Executor
@@ -57,11 +58,19 @@ def load(folder: Path | str, *, policy: Policy | None = None, engine: Engine = "
 
     ``policy``: any fitted one, ``Fixed(k)`` for a plain exit; default: the bundle's own, or its last exit. UsageError where
     the folder is none or asks for what is not there, CorruptFile for a file that is missing or not as it was written.
+    RuntimeWarning where the engine gives other answers on this CPU.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     if engine not in get_args(Engine):
         raise UsageError(f"there is no engine {engine!r}; {near(engine, get_args(Engine))}")
+    if engine == "openvino" and cpu.saturates() and any(bits[0] == 8 for bits in manifest["provenance"]["bits"].values()):
+        warnings.warn(
+            "this CPU has no VNNI, and OpenVINO's INT8 saturates there: other answers than were exported come out; "
+            "use engine='onnxruntime', or export weights of 7 bits",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     biases, parts = manifest["float_biases"], []
     for said in manifest["segments"]:
         body = _checked(folder, said)
@@ -227,6 +236,8 @@ def _checked(folder: Path, said: Mapping[str, Any]) -> bytes:
 def _pixels(image: Any, shape: Sequence[int], place: int) -> Floats:
     """One image -> float32 [C, H, W] in [0, 1]."""
     c, h, w = shape
+    if getattr(image, "mode", "") == "P":  # its pixels are places in a palette
+        raise UsageError(f"image {place} has a palette: give image.convert({'L' if c == 1 else 'RGB'!r})")
     a = np.asarray(image)
     if a.ndim == 2 and c == 1:
         a = a[..., None]

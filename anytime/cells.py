@@ -12,6 +12,7 @@ from anytime.config import Cell, Experiment
 from anytime.errors import UsageError, near
 from anytime.facts import reference_cell
 from anytime.find import experiment, names
+from anytime.models.static import Static
 from anytime.spec import key
 
 ENGINES = ("OnnxRuntime", "OpenVINO", "TorchCompile")  # backends that run what ``of`` makes, and change none of its numbers
@@ -35,7 +36,7 @@ def find_cell(
             return _by_key(first)
         exp = experiment(first, sets)
     cells = list(exp.cells())
-    for word in rest:
+    for word in _phrases(rest, cells):
         cells = _narrowed(cells, word, exp)
     # The same numbers under several engines are one network; ONNX Runtime's predictions are what a bundle gives.
     meant = {key(inner(c)): c for c in sorted(cells, key=lambda c: isinstance(c.backend, OnnxRuntime))}
@@ -49,10 +50,12 @@ def find_cell(
 
 def only(exp: Experiment, words: Sequence[str]) -> frozenset[Cell]:
     """All cells that ``words`` name, and those that they are compared with; UsageError with the near misses."""
-    cells = list(exp.cells())
-    for word in words:
+    cells = every = list(exp.cells())
+    for word in _phrases(words, every):
         cells = _narrowed(cells, word, exp)
-    return frozenset(cells) | {reference_cell(cell, exp.reference_backend) for cell in cells}
+    static = {replace(cell, model=Static(cell.model)) for cell in cells if cell.model.exits_early}
+    meant = frozenset(cells) | (static & frozenset(every))
+    return meant | {reference_cell(cell, exp.reference_backend) for cell in meant}
 
 
 def inner(cell: Cell) -> Cell:
@@ -84,6 +87,17 @@ def _by_key(start: str) -> tuple[tuple[Experiment, ...], Cell]:
         )
         raise UsageError(f"no experiment has a network with the key {start!r}; {hint}")
     return tuple(exps), next(iter(found.values()))
+
+
+def _phrases(words: Sequence[str], cells: Sequence[Cell]) -> list[str]:
+    """Neighbouring words that together are a label are one: SDN ResNet-20 INT8 PTQ is 'SDN ResNet-20', 'INT8 PTQ'."""
+    labels = {name for cell in cells for name in _names(cell)}
+    found, rest = [], list(words)
+    while rest:
+        n = next((n for n in range(len(rest), 1, -1) if " ".join(rest[:n]) in labels), 1)
+        found.append(" ".join(rest[:n]))
+        del rest[:n]
+    return found
 
 
 def _narrowed(cells: list[Cell], word: str, exp: Experiment) -> list[Cell]:

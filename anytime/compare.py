@@ -120,6 +120,11 @@ def compare(a: str, b: str, results: Path, allowed: Mapping[str, float]) -> Comp
     said.only_b += [f"the experiment {name}" for name in right if not alone and name not in left]
     for one, other in names:
         _compare(_side(left[one], one, said), _side(right[other], other, said), allowed, said)
+    if not names:
+        raise UsageError(
+            f"no experiment of one name is in both: {a} has {', '.join(left)}, {b} has {', '.join(right)}; to compare two of other "
+            f"names give their folders, as {next(iter(left.values())) / next(iter(left))}"
+        )
     if not said.pairs:
         raise UsageError(f"{a} and {b} have nothing in common: no network, backend and exit or policy stands in both")
     return said
@@ -144,6 +149,10 @@ def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -
         if theirs is None:
             said.only_a.append(_called(name))
             continue
+        for where, *values in _differing(ours.spec, theirs.spec):
+            for made, value in zip((said.made_a, said.made_b), values, strict=True):
+                if (line := f"{where} {value}") not in made:
+                    made.append(line)
         rows, others = _rows(a.fold, ours), _rows(b.fold, theirs)
         said.only_a += [f"{_called(name)}: {_asked(asked)}{_why(theirs, asked)}" for asked in rows if asked not in others]
         said.only_b += [f"{_called(name)}: {_asked(asked)}{_why(ours, asked)}" for asked in others if asked not in rows]
@@ -167,6 +176,18 @@ def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -
         said.only_a += [f"{_called(name)}: its times on {board}" for board in sorted(timed - others_timed)]
         said.only_b += [f"{_called(name)}: its times on {board}" for board in sorted(others_timed - timed)]
     said.only_b += [_called(name) for name in b.networks if name not in a.networks]
+
+
+def _differing(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Fields of two specs that both have, and what each says: ("recipe.epochs", 1, 60). Labels, which networks are paired by, leave
+    recipes out.
+    """
+    if isinstance(a, dict) and isinstance(b, dict) and a.get("is") == b.get("is"):
+        for name in a:
+            if name in b:
+                yield from _differing(a[name], b[name], f"{where}.{name}" if where else name)
+    elif a != b and where not in ("train_seed", "seed"):
+        yield where, *(value.get("is", value) if isinstance(value, dict) else value for value in (a, b))
 
 
 def _rows(fold: Fold, network: Network) -> dict[Asked, dict[str, Row]]:
@@ -200,7 +221,14 @@ def _measure(pair: Pair, ours: tuple[Fold, Network, Row], theirs: tuple[Fold, Ne
     elif a > 0 and b > 0:
         pair.value = b / a
         times = [list(_sessions(side[1], asked, pair.board)) for side in (ours, theirs)]
-        if pair.metric == "latency_ms_mean" and min(map(len, times)) > 1:
+        if (
+            pair.metric == "macs"
+            and asked.currency == "macs"
+            and not any(absent(side[2].get("budget_violation_lo")) for side in (ours, theirs))
+        ):
+            pair.how = "of the samples' exits"
+            pair.lo, pair.hi = _spent_apart(ours[2], theirs[2])
+        elif pair.metric == "latency_ms_mean" and min(map(len, times)) > 1:
             pair.how = f"{len(times[0])} and {len(times[1])} sessions"
             pair.lo, pair.hi = _welch(*times)
         elif pair.board:
@@ -234,6 +262,14 @@ def _apart(a: Interval, b: Interval) -> tuple[float, float, float]:
     value = b.value - a.value
     lo = value - math.hypot(b.value - b.lo, a.hi - a.value)
     return 100 * value, 100 * lo, 100 * (value + math.hypot(b.hi - b.value, a.value - a.lo))
+
+
+def _spent_apart(a: Row, b: Row) -> tuple[float, float]:
+    """95 % limits of the ratio of what two policies spend, each with the limits of its own bootstrap, on logarithms; as _apart."""
+    ends = [[math.log(1 + row[f"budget_violation{end}"]) for end in ("", "_lo", "_hi")] for row in (a, b)]
+    (x, x_lo, x_hi), (y, y_lo, y_hi) = ends
+    value = math.log(float(b["macs"]) / float(a["macs"]))
+    return math.exp(value - math.hypot(y - y_lo, x_hi - x)), math.exp(value + math.hypot(y_hi - y, x - x_lo))
 
 
 def _sessions(network: Network, asked: Asked, board: str) -> Iterator[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -77,6 +78,8 @@ class Experiment(Spec):
     replay_samples: int = 250
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise UsageError(f"experiment {self.name!r}: a name is of letters, digits, '_', '-' and '.', for files are called so")
         for field in ("suites", "backends", "train_seeds", "seeds", "arms"):
             if not getattr(self, field):
                 raise UsageError(f"experiment {self.name!r}: {field} is empty; name at least one")

@@ -116,6 +116,11 @@ class DatasetSpec(Spec, ABC):
         """How the pixels are normalised, before any augmentation."""
 
     @property
+    def own(self) -> bool:
+        """Whether its samples are the user's, who may change them under one name; published ones are checked."""
+        return False
+
+    @property
     def labelled(self) -> bool:
         """Whether the labels are the classes that its networks answer with."""
         return True

@@ -18,11 +18,11 @@ from anytime import machine
 from anytime.arms import Decider
 from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.board import board_test
-from anytime.bundle import KIND, SCHEMA, fingerprint, read_manifest
+from anytime.bundle import KIND, SCHEMA, fingerprint, policy_of, read_manifest
 from anytime.cells import find_cell, inner
 from anytime.config import Cell, Experiment
 from anytime.engine import EXACT_INT8
-from anytime.errors import AnytimeError, Unsupported, UsageError, WriteError, near
+from anytime.errors import AnytimeError, CorruptFile, Unsupported, UsageError, WriteError, near
 from anytime.facts import Fact, facts_of
 from anytime.files import write_atomically
 from anytime.find import experiment
@@ -78,6 +78,12 @@ def choose(
         return Chosen(exp, cell, net, None, None, shop)
     # The decision may be asked of the same numbers under another engine; it is fitted for this one.
     fitted = Decider(exp, shop, lambda _: None).fitted(replace(fact, cell=cell))
+    try:
+        policy_of(plain(fitted))
+    except CorruptFile as error:
+        raise UsageError(
+            f"a bundle finds its policy by name in anytime/policies, and {policy} is not there: put its file there first"
+        ) from error
     return Chosen(exp, cell, net, fitted, _said(exp, fact, fitted, shop.predictions(cell)["test"]), shop)
 
 
@@ -129,7 +135,7 @@ def write_bundle(chosen: Chosen, to: Path) -> Path:
 
     An older bundle there is replaced. UsageError where the folder holds anything else, WriteError where it cannot be written.
     """
-    _check_free(to)
+    check_free(to)
     net = chosen.net
     exits = chosen.policy.uses(net.n_exits) if chosen.policy else range(net.n_exits)
     try:
@@ -151,10 +157,7 @@ def write_single(chosen: Chosen, to: Path) -> Path:
     """Write one ONNX file with the whole policy, or its last exit, inside; see onnx_if.py. An older one there is replaced."""
     import onnx
 
-    if to.suffix != ".onnx":
-        raise UsageError(f"--to {to}: a single file is called NAME.onnx")
-    if to.exists() and not (to.is_file() and b"anytime" in to.read_bytes()[:64]):  # the producer stands at the beginning
-        raise UsageError(f"{to} is there and is no file of ours: give another name")
+    check_free(to, single=True)
     net, said = chosen.net, chosen.said
     plan = net.plan(said["uses"] if said else [net.n_exits - 1])
     segments = [onnx.ModelProto.FromString(net.graph(segment)) for segment in plan]
@@ -185,7 +188,16 @@ def how_to_use(chosen: Chosen, to: Path, single: bool) -> str:
     )
 
 
-def _check_free(to: Path) -> None:
+def check_free(to: Path, single: bool = False) -> None:
+    """UsageError where a bundle, or a ``single`` file, cannot be called so or would replace what is none of ours."""
+    if to == Path():
+        raise UsageError("no place to write to: give one with --to (TO=), a folder or, with --single-file, NAME.onnx")
+    if single:
+        if to.suffix != ".onnx":
+            raise UsageError(f"--to {to}: a single file is called NAME.onnx")
+        if to.exists() and not (to.is_file() and b"anytime" in to.read_bytes()[:64]):  # the producer stands at the beginning
+            raise UsageError(f"{to} is there and is no file of ours: give another name")
+        return
     if not to.exists() and not to.is_symlink():
         return
     if not to.is_dir() or to.is_symlink():

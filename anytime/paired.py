@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from anytime.gather import Asked, Network, Row
-from anytime.metrics import Bools, paired_loss
+from anytime.metrics import Bools, Ints, paired_loss
 
 
 class Answered:
@@ -21,14 +21,21 @@ class Answered:
     def __init__(self, troubles: list[str]) -> None:
         self.troubles = troubles
         self._files: dict[Path, Bools | None] = {}
+        self._labels: dict[Path, Ints] = {}
 
     def loss(self, reference: Network, against: Asked, network: Network, asked: Asked, name: str) -> Row:
         """Loss and its limits, seed by seed, then averaged."""
         losses = []
         for seed in sorted(network.files):
             theirs, ours = self.right(reference, against, seed), self.right(network, asked, seed)
-            if theirs is not None and ours is not None and len(theirs) == len(ours):
-                losses.append(paired_loss(theirs, ours))
+            if theirs is None or ours is None or len(theirs) != len(ours):
+                continue
+            if not np.array_equal(self._labels[reference.files[seed]], self._labels[network.files[seed]]):
+                self.troubles.append(
+                    f"cells {reference.cells[seed]} and {network.cells[seed]} were asked of different test labels: no loss between them"
+                )
+                continue
+            losses.append(paired_loss(theirs, ours))
         means = map(statistics.fmean, zip(*losses, strict=True))
         return dict(zip((name, *(f"{name}_{limit}" for limit in ("lo", "hi", "upper"))), means, strict=True)) if losses else {}
 
@@ -66,7 +73,8 @@ class Answered:
         if path not in self._files:
             try:
                 with np.load(path) as file:
-                    self._files[path] = file["argmax"] == file["labels"]
+                    self._labels[path] = file["labels"]
+                    self._files[path] = file["argmax"] == self._labels[path]
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 self._files[path] = None
                 self.troubles.append(f"the predictions {path} cannot be read ({error}): paired losses of that cell are left out")

@@ -49,6 +49,11 @@ class Record:
     schema: int = SCHEMA
 
 
+def now() -> str:
+    """The time as records have it; later is larger."""
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+
+
 def append(record: Record, root: Path, attachments: dict[str, bytes] | None = None) -> Path:
     """Write ``record`` to a new file under ``root/exp``, whole or not at all; any number of writers, no lock.
 
@@ -56,7 +61,7 @@ def append(record: Record, root: Path, attachments: dict[str, bytes] | None = No
     Raises WriteError when the disk is full or may not be written, AnytimeError when a number is NaN.
     """
     folder = root / record.exp
-    created = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    created = now()
     stem = f"{created.replace('.', '')}-{record.kind}-{record.fact}-{uuid.uuid4().hex[:6]}"
     try:
         body = json.dumps({**asdict(record), "created": created}, indent=1, sort_keys=True, allow_nan=False)

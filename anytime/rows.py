@@ -54,7 +54,8 @@ _TIMED = listed(
     "latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_mean cpu_ms energy_mj own_latency_ms_p50 same_exits same_answers "
     "board_accuracy board_agreement"
 )
-_FLEETING = ("noisy", "pressure", "waiting", "stopwatch", "load", "mhz", "interleaved")  # facts of a minute, not of a board
+# Facts of a minute or of one network, not of a board.
+_FLEETING = ("noisy", "pressure", "waiting", "stopwatch", "load", "mhz", "interleaved", "first_answer_ms", "memory_mb")
 
 
 def absent(value: Any) -> bool:

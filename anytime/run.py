@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from anytime.facts import Fact, facts_of, reference_cell, state
 from anytime.files import write_atomically
 from anytime.metrics import Floats, Predictions
 from anytime.policy import Policy
-from anytime.record import Kind, Record, append, load, newest
+from anytime.record import Kind, Record, append, load, newest, now
 from anytime.scoring import (
     answered_rows,
     compact,
@@ -45,6 +46,7 @@ from anytime.workshop import Workshop
 
 Log = Callable[[str], None]
 T = TypeVar("T")
+SELDOM = 0.95  # share of equal classes under which an engine is said to answer otherwise than its simulation
 
 
 @dataclass
@@ -61,10 +63,11 @@ class Runner:
     def __post_init__(self) -> None:
         self.shop = Workshop(self.results, self.progress)
         self.root = self.results / "records"
-        self.known = self._records()
-        self.decider = Decider(self.exp, self.shop, lambda fact: self.known[fact][0] if fact in self.known else None)
         self.said: set[str] = set()
         self.unreadable: dict[DatasetSpec, DataError] = {}
+        self.contents: dict[str, str] = {}  # key of (data, seed) -> what names its samples
+        self.known = self._records()
+        self.decider = Decider(self.exp, self.shop, lambda fact: self.known[fact][0] if fact in self.known else None)
         self.session = uuid4().hex[:8]  # measurements of one run, between which a ratio is fair
         self.n_done, self.n_todo = 0, 0
 
@@ -72,7 +75,34 @@ class Runner:
         loaded = load(self.root, self.exp.name)
         for trouble in loaded.troubles:
             self.log(trouble)
-        return newest(loaded.records)
+        known = newest(loaded.records)
+        cells = {key(cell): cell for cell in self.exp.cells()}
+        since, again = self._forced()
+        changed = {name for name, (r, _) in known.items() if r.cell in cells and self._has_changed(r, cells[r.cell])}
+        for label in sorted({cells[known[name][0].cell].data.label for name in changed}):
+            if f"changed {label}" not in self.said:
+                self.log(f"the samples of {label} have changed: what was found on the old ones is made again")
+            self.said.add(f"changed {label}")
+        old = {name for name, (r, _) in known.items() if r.cell in again and r.created < since}
+        return {name: found for name, found in known.items() if name not in changed | old}
+
+    def _has_changed(self, record: Record, cell: Cell) -> bool:
+        """Whether a data set of the user's holds other samples now than when the record was written."""
+        said, found = record.facts.get("content"), self._content(cell)
+        return bool(said and found) and said != found
+
+    def _content(self, cell: Cell) -> str:
+        """What names the samples where a user may change them under one name; "" for a published set, and where it cannot be read."""
+        if not cell.data.own:
+            return ""
+        name = key((cell.data, cell.seed))
+        if name not in self.contents:
+            try:
+                parts = self.shop.data(cell.data, cell.seed)
+                self.contents[name] = key((parts.train.digest, parts.test.digest))
+            except DataError:
+                self.contents[name] = ""
+        return self.contents[name]
 
     # What is to be done ----------------------------------------------------------------------------------------
 
@@ -85,11 +115,29 @@ class Runner:
         return [state(f, self.known) for f in facts_of(self.exp)]
 
     def forget(self) -> None:
-        """Make everything again: nothing is known, and the cache loses what belongs to it."""
+        """Make everything again: nothing is known, and the cache loses what belongs to it; nothing more where that is under way.
+
+        What is to be made again is written down until a run has come to its end, so that an interrupted one goes on.
+        """
         again = {key(cell): cell for cell in self.exp.cells() if self._meant(cell)}
-        self.known = {name: found for name, found in self.known.items() if found[0].cell not in again}
+        if again.keys() <= self._forced()[1]:
+            return
         for cell in again.values():
             self.shop.drop(cell)
+        write_atomically(self._force, json.dumps({"since": now(), "cells": sorted(again)}).encode())
+        self.known = self._records()
+
+    @property
+    def _force(self) -> Path:
+        return self.shop.cache / "forced" / f"{self.exp.name}.json"
+
+    def _forced(self) -> tuple[str, frozenset[str]]:
+        """Since when which cells are being made again."""
+        try:
+            held = json.loads(self._force.read_text())
+            return str(held["since"]), frozenset(held["cells"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return "", frozenset()
 
     def _meant(self, cell: Cell) -> bool:
         return not self.only or cell in self.only
@@ -129,6 +177,8 @@ class Runner:
             self.decider.forget()
         if todo:
             self.progress(self.exp.name, self.n_todo, self.n_todo)
+        if self._force.exists():
+            self._force.unlink()
         for error in self.unreadable.values():
             raise error
 
@@ -193,6 +243,12 @@ class Runner:
         net, cost, plain_net = self.shop.net(cell), self.shop.cost(cell), cell.model.build(parts.input_shape, parts.n_classes)
         agreement = self.shop.agreement(cell, test.logits)
         executed = net.executed(parts.test.x[:1].numpy())
+        if (alike := float(agreement.min())) < SELDOM:
+            why = f": {net.facts['saturates']}" if "saturates" in net.facts else ""
+            self.log(
+                f"{cell.model.label}, {cell.backend.label}: the engine and the same integers in simulation name one class for "
+                f"{100 * alike:.1f} % of the test samples alone{why}"
+            )
         there = reference_cell(cell, self.exp.reference_backend)
         drawn = plain_net.fresh_heads and not cell.recipe.epochs
         known = there != cell and key(("eval", there)) in self.known and self.known[key(("eval", there))][0].kind == "eval"
@@ -333,6 +389,8 @@ class Runner:
         }  # fmt: skip
         if kind in ("skip", "fail") and fact.policy is not None:
             about |= {"policy_label": fact.policy.label, "budget": fact.budget, "arm": fact.arm}
+        if content := self._content(cell):
+            about["content"] = content
         record = Record(
             self.exp.name, key(cell), kind, fact.name, plain(cell), of=fact.of, board=fact.board.name if fact.board else "",
             reason=reason, facts=about | (facts or {}), **rows,

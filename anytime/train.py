@@ -102,7 +102,7 @@ class Trainer:
     """All that a backend may learn from: val and test cannot be reached from it.
 
     ``folder`` holds checkpoints and finished weights, one subfolder per named training; None keeps nothing.
-    ``zoo`` holds finished weights that came with the repository, by the same names.
+    ``zoos`` hold finished weights that came with the repository, by the same names.
     ``key`` says whose training this is (data, model, recipe, seeds), so that a name within it is unique.
     ``tune`` is for choices that are not weights: bits, observers, which of several. ``hold`` is for what is learned from the
     answers of finished networks (stackers). ``others`` makes the other members of an ensemble; None where nobody knows of any.
@@ -113,7 +113,7 @@ class Trainer:
     train_seed: int
     augment: Augment | None = None
     folder: Path | None = None
-    zoo: Path | None = None
+    zoos: tuple[Path, ...] = ()
     key: str = ""
     progress: Progress = field(default=silent, compare=False)
     tune: Part | None = None
@@ -197,7 +197,7 @@ class Trainer:
         """Where weights of a finished training of this name lie, the first to be taken."""
         place = self.place(name)
         kept = [] if self.folder is None else [self.folder / place / "weights.safetensors"]
-        kept += [] if self.zoo is None else [self.zoo / f"{place}.safetensors"]
+        kept += [zoo / f"{place}.safetensors" for zoo in self.zoos]
         return [path for path in kept if path.exists()]
 
     def _load_finished(self, model: AnytimeModel, name: str) -> bool:

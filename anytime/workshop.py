@@ -20,6 +20,7 @@ from anytime.board import Timing
 from anytime.config import Cell
 from anytime.cost import Cost, account
 from anytime.dataset import Data, DatasetSpec, Part
+from anytime.errors import WriteError
 from anytime.files import write_atomically
 from anytime.metrics import Floats, Predictions
 from anytime.model import AnytimeModel, ModelSpec
@@ -39,11 +40,13 @@ class Workshop:
     """Everything expensive, made once.
 
     ``results/cache`` holds what can be made again: trainings (with a checkpoint per epoch), predictions, raw times.
-    A finished or interrupted training is found there by key, else finished weights in ``results/zoo``.
+    A finished or interrupted training is found there by key, else finished weights in ``results/zoo``, else in that of the
+    checkout that this file lies in, wherever ``results`` are.
     """
 
     def __init__(self, results: Path, progress: Progress = silent) -> None:
-        self.cache, self.zoo, self.progress = results / "cache", results / "zoo", progress
+        self.cache, self.progress = results / "cache", progress
+        self.zoos = (results / "zoo", Path(__file__).parent.parent / "results" / "zoo")
         self.wall_s: dict[str, dict[str, float]] = {}  # cell key -> step -> seconds
         self._nets: dict[str, Deployable] = {}
 
@@ -99,7 +102,9 @@ class Workshop:
             return self.trained(data, model, recipe, its_seed, seed), trainer
 
         folder = self.cache / "trained"
-        return Trainer(recipe, parts.train, train_seed, parts.augment, folder, self.zoo, name, say, parts.tune, parts.hold, other)
+        return Trainer(
+            recipe, parts.train, train_seed, parts.augment, folder, self.zoos, name, say, parts.tune, parts.hold, other
+        )
 
     def net(self, cell: Cell) -> Deployable:
         """The compressed network of a cell; kept while the workshop lives."""
@@ -181,13 +186,16 @@ class Workshop:
         return dict(_read_arrays(self.cache / "answers" / f"{fact}.npz") or {})
 
     def drop(self, cell: Cell) -> None:
-        """Forget what the cache holds of a cell, so that it is made again."""
+        """Forget what the cache holds of a cell, so that it is made again. WriteError where it may not be deleted."""
         recipes = {cell.recipe, cell.recipe.from_scratch()}
-        for model, recipe in product((cell.model, _trunk(cell.model)), recipes):
-            name = self.trainer(cell.data, model, recipe, cell.train_seed, cell.seed).key
-            for folder in (self.cache / "trained").glob(f"{name}-*"):
-                shutil.rmtree(folder)
-        (self.cache / "predictions" / f"{key(cell)}.npz").unlink(missing_ok=True)
+        try:
+            for model, recipe in product((cell.model, _trunk(cell.model)), recipes):
+                name = self.trainer(cell.data, model, recipe, cell.train_seed, cell.seed).key
+                for folder in (self.cache / "trained").glob(f"{name}-*"):
+                    shutil.rmtree(folder)
+            (self.cache / "predictions" / f"{key(cell)}.npz").unlink(missing_ok=True)
+        except OSError as error:
+            raise WriteError(f"cannot delete {error.filename}: {error.strerror or error}") from error
 
 
 @lru_cache(maxsize=4)

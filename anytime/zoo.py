@@ -10,7 +10,7 @@ from typing import Any
 
 from anytime import machine
 from anytime.config import Experiment
-from anytime.errors import AnytimeError, UsageError
+from anytime.errors import AnytimeError, CorruptFile, UsageError
 from anytime.facts import reference_cell
 from anytime.files import write_atomically
 from anytime.record import load
@@ -66,7 +66,10 @@ def add(exp: Experiment, results: Path) -> list[Path]:
 
 
 def read(zoo: Path) -> dict[str, Any]:
-    """The manifest: file stem -> what is said of it; empty where there is none."""
+    """The manifest: file stem -> what is said of it; empty where there is none. CorruptFile for a torn one."""
     path = zoo / "manifest.json"
-    held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise CorruptFile(f"{path} cannot be read ({error}): restore it, or delete it and add the networks again") from error
     return held

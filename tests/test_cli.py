@@ -242,7 +242,7 @@ def test_export_writes_what_its_three_lines_run(ran, tmp_path):
         code, out, err = anytime(*cell, *more, "--to", to, cwd=ran)
         assert code == 0, err
         wrote, _, *lines = out.strip().splitlines()
-        assert wrote.startswith(f"wrote {to}") and len(lines) == 3
+        assert wrote.startswith(f"wrote {to}") and len(lines) == (5 if more else 3)
         done = "\nprint(net(image).exit)" if not more else "\nprint(exit[0])"
         block = "import sys; sys.modules['torch'] = None\n"
         ran_it = subprocess.run(
@@ -268,6 +268,35 @@ def test_export_writes_what_its_three_lines_run(ran, tmp_path):
 def test_an_export_of_what_there_is_not(ran, tmp_path, args, said):
     wrong(anytime("export", *args, "--to", tmp_path / "net", cwd=ran), 2, said)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_trained(ran, tmp_path):
+    cell = ("export", "mine.py", "B-LeNet", "INT8 PTQ", "--results", tmp_path / "new")
+    for to, more, said in (
+        ("", (), "give one with --to"),
+        (ran, (), "holds other things"),
+        ("net", ("--single-file",), "NAME.onnx"),
+    ):
+        code, _, err = answer = anytime(*cell, "--to", to, *more, cwd=ran)
+        wrong(answer, 2, said)
+        assert "train" not in err and not (tmp_path / "new").exists(), code
+
+
+def test_a_policy_that_no_bundle_could_find_is_refused(ran):
+    own = (ROOT / "README.md").read_text().partition("### Add a policy")[2].partition("```python")[2].partition("```")[0]
+    text = own + EXPERIMENT.format(data=SMALL).replace('name="mine"', 'name="falls"').replace("(Entropy(),)", "(Falling(),)")
+    (ran / "falls.py").write_text("from __future__ import annotations\n" + text)
+    cell = ("export", "falls.py", "B-LeNet", "INT8 PTQ", "--policy", "Falling", "--to", "fallen")
+    wrong(anytime(*cell, cwd=ran), 2, "Falling is not there: put its file there first")
+    assert not (ran / "fallen").exists()
+
+
+@pytest.mark.parametrize(
+    "said, sentence",
+    [("name=../../evil", "a name is of letters"), ("suites.*.data.noise=1e999", "data.noise=1e999: it must be float")],
+)
+def test_values_that_no_record_could_hold(ran, said, sentence):
+    wrong(anytime("list", "mine.py", "--set", said, cwd=ran), 2, sentence)
 
 
 def test_an_export_never_writes_over_other_things(ran):

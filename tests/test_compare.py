@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from anytime.__main__ import main
-from anytime.compare import Pair, _apart, _judge, _welch, as_json, as_markdown, compare, tolerances
+from anytime.compare import Pair, _apart, _differing, _judge, _spent_apart, _welch, as_json, as_markdown, compare, tolerances
 from anytime.errors import UsageError
 from anytime.metrics import Interval, paired_loss, wilson
 from tests.golden.make import EXP, Cell, Maker, N, first
@@ -94,6 +94,25 @@ def test_accuracies_that_cannot_be_paired_are_said_to_be_apart(tmp_path, what):
     pair = of(comparison, "accuracy")
     assert pair.how == "unpaired" and pair.value == pytest.approx(-30.0) and pair.verdict == "worse"
     assert bool(comparison.troubles) == (what == "no predictions")
+
+
+def test_what_policies_spend_is_noise_within_their_own_limits():
+    a, b = ({"macs": m, "budget_violation": v, "budget_violation_lo": v - w, "budget_violation_hi": v + w} for m, v, w in
+            ((1.0e6, 0.0, 0.04), (1.03e6, 0.03, 0.03)))  # fmt: skip
+    lo, hi = _spent_apart(a, b)
+    assert lo == pytest.approx(1.03 * math.exp(-math.hypot(math.log(1.03 / 1.0), math.log(1.04))))
+    assert hi == pytest.approx(1.03 * math.exp(math.hypot(math.log(1.06 / 1.03), math.log(1 / 0.96))))
+    pair = Pair("d", "m", "b", "p", "", "macs", 1.0e6, 1.03e6, 1.03, lo, hi)
+    _judge(pair, 1.01)
+    assert pair.verdict == "within noise"
+
+
+def test_fields_of_specs_that_differ_are_named():
+    a, b = (
+        {"is": "Cell", "recipe": {"is": "Recipe", "epochs": n, "loss": {"is": loss}}, "seed": n}
+        for n, loss in ((1, "A"), (60, "B"))
+    )
+    assert list(_differing(a, b | {"new": 1})) == [("recipe.epochs", 1, 60), ("recipe.loss", "A", "B")]
 
 
 def test_two_samples_have_newcombe_s_interval():
@@ -208,7 +227,15 @@ def test_a_tolerance_that_cannot_be_meant(said, sentence):
 def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
     run(side(tmp_path, "a"))
     Cell(side(tmp_path, "b"), 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)])
-    for b, sentence in (("b", "have nothing in common"), ("c", "neither a folder with records nor an experiment")):
+    run(to := side(tmp_path, "two"))
+    (to.folder.parent / "more").mkdir()
+    (to.folder.parent / "more" / "1.json").write_text("{}")
+    to.folder.rename(to.folder.with_name("other"))
+    for b, sentence in (
+        ("b", "have nothing in common"),
+        ("two", "no experiment of one name is in both"),
+        ("c", "neither a folder with records nor an experiment"),
+    ):
         assert main(["compare", str(tmp_path / "a"), str(tmp_path / b)]) == 2
         err = capsys.readouterr().err
         assert err.startswith("anytime: ") and sentence in err and err.count("\n") == 1

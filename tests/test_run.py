@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from anytime import cpu, find
+from anytime import cpu, find, workshop
 from anytime.arms import Decider
 from anytime.backend import Backend
 from anytime.backends.float import Float16, Float32
@@ -27,13 +28,16 @@ from anytime.backends.qat import QAT
 from anytime.boards.host import Host
 from anytime.cells import only
 from anytime.config import ARMS, Experiment, Suite
+from anytime.datasets.npz import Npz
 from anytime.datasets.synthetic import Synthetic
 from anytime.errors import AnytimeError, Unreachable, Unsupported, UsageError
 from anytime.facts import facts_of
+from anytime.gather import gather
 from anytime.models.static import Static
 from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.patience import Patience
 from anytime.record import load
+from anytime.rows import Fold, absent
 from anytime.run import Runner
 from anytime.spec import key
 from anytime.train import Recipe
@@ -98,12 +102,14 @@ def test_again_does_nothing(done):
 def test_only_some_networks_are_run_and_what_they_are_compared_with(tmp_path):
     exp = experiment(backends=(Float32(), PTQ(), PTQ(4, 8)), boards=(), budgets=(0.7,))
     meant = only(exp, ["Tiny", "INT8 PTQ"])
-    assert {(c.model.label, c.backend.label) for c in meant} == {("Tiny", "Float32"), ("Tiny", "PTQ")}
+    networks = {(c.model.label, c.backend.label) for c in meant}
+    assert networks == {(name, backend) for name in ("Tiny", "Tiny static") for backend in ("Float32", "PTQ")}
+    assert only(exp, ["Tiny", "static", "INT8", "PTQ"]) == {c for c in meant if c.model.label == "Tiny static"}
     runner = Runner(exp, tmp_path, log=lambda line: None, only=meant)
     runner.run()
     assert runner.todo() == [] and {r.cell for r in records(tmp_path)} == {key(c) for c in meant}
     ran = records(tmp_path, "eval")
-    assert ["max_error_share" in r.exits[0] for r in ran if r.facts["backend"] == "PTQ"] == [True] and len(ran) == 2
+    assert ["max_error_share" in r.exits[0] for r in ran if r.facts["backend"] == "PTQ"] == [True, True] and len(ran) == 4
     # What is made again is what is meant; the rest of the experiment stays.
     Runner(exp, tmp_path, log=lambda line: None).run()
     again = Runner(exp, tmp_path, log=lambda line: None, only=meant)
@@ -331,9 +337,62 @@ def test_forced_it_runs_again(tmp_path):
     assert len(records(tmp_path, "eval")) == 4
 
 
-def test_policies_refuse_a_network_that_saw_their_samples(tmp_path, monkeypatch):
-    from anytime import workshop
+def test_forced_and_interrupted_it_goes_on_with_or_without_force(tmp_path):
+    exp = experiment(backends=(Float32(),), policies=(), boards=())
+    Runner(exp, tmp_path, log=lambda line: None).run()
 
+    def stop(what, done, total):
+        if what.startswith("train Tiny on") and done > 4:
+            raise KeyboardInterrupt
+
+    for _ in range(2):  # the second time nothing is forgotten that the first one has made
+        runner = Runner(exp, tmp_path, progress=stop, log=lambda line: None)
+        runner.forget()
+        with pytest.raises(KeyboardInterrupt):
+            runner.run()
+        assert len(records(tmp_path, "eval")) == 3 and len(runner.todo()) == 1
+    last = Runner(exp, tmp_path, log=lambda line: None)
+    assert len(last.todo()) == 1
+    last.run()
+    assert len(records(tmp_path, "eval")) == 4 and not list((tmp_path / "cache" / "forced").iterdir())
+    after = Runner(exp, tmp_path, log=lambda line: None)
+    assert not after.todo()
+    after.forget()
+    assert len(after.todo()) == 2
+
+
+def test_samples_that_changed_under_their_name_are_asked_again_and_never_paired_with_the_old_ones(tmp_path):
+    rng, said = np.random.default_rng(0), []
+
+    def write():
+        y = np.arange(400) % 4
+        x = rng.integers(0, 60, (400, 3, 16, 16)) + 45 * y[:, None, None, None]
+        rng.shuffle(y)  # of other labels than before
+        np.savez(tmp_path / "d.npz", x_train=x.astype(np.uint8), y_train=y, x_test=x[:120].astype(np.uint8), y_test=y[:120])
+
+    exp = experiment(
+        suites=(Suite(Npz(str(tmp_path / "d.npz"), calib=32, tune=32, val=64, hold=32), (Static(Tiny()), Tiny())),),
+        backends=(Float32(),), policies=(), boards=(),
+    )  # fmt: skip
+    run = partial(Runner, exp, tmp_path / "results", log=said.append)
+    write()
+    run().run()
+    assert not run().todo()
+    write()
+    workshop._loaded.cache_clear()
+    assert len(run().todo()) == 2 and said == ["the samples of d have changed: what was found on the old ones is made again"]
+    mixed = run()
+    mixed.predict_and_decide(mixed.todo()[:1])
+    loaded = load(tmp_path / "results" / "records", "small")
+    networks = gather(loaded.records, troubles := [])
+    rows = [row for network in networks for row in Fold(networks, troubles).rows_of(network)]
+    assert any("were asked of different test labels" in trouble for trouble in troubles)
+    assert all(absent(row.get("static_loss")) for row in rows if row["model"] == "Tiny")
+    run().run()
+    assert not run().todo() and len(records(tmp_path / "results", "eval")) == 4
+
+
+def test_policies_refuse_a_network_that_saw_their_samples(tmp_path, monkeypatch):
     fit = workshop.Trainer.fit
 
     def peeking(self, model, **kw):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anytime.backends.float import Float32
-from anytime.errors import UsageError
+from anytime.errors import CorruptFile, UsageError
 from anytime.record import load
 from anytime.run import Runner
 from anytime.zoo import add, read
@@ -56,6 +56,12 @@ def test_the_manifest_says_where_they_come_from(zoo):
         assert {"spec", "trained_on", "sha256", "accuracy", "command", "wall_s", "device", "git"} <= entry.keys()
         assert entry["training_device"] == "cpu" or torch.cuda.is_available()
         assert entry["training_precision"] == "fp32"
+
+
+def test_a_torn_manifest_is_one_sentence(tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(CorruptFile, match="manifest.json cannot be read .*restore it"):
+        read(tmp_path)
 
 
 def test_a_tampered_file_is_refused_by_its_hash(zoo, tmp_path):

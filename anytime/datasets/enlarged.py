@@ -39,6 +39,11 @@ class Enlarged(DatasetSpec):
         return self.of.preprocessing
 
     @property
+    def own(self) -> bool:
+        """As those of ``of``."""
+        return self.of.own
+
+    @property
     def labelled(self) -> bool:
         """Whether the classes are those of ``of``."""
         return not self.n_classes and self.of.labelled

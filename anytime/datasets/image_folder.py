@@ -45,6 +45,11 @@ class ImageFolder(DatasetSpec):
         return f"{Path(self.path).name or 'ImageFolder'} at {self.size}x{self.size}"
 
     @property
+    def own(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """``mean`` and ``std``."""
         return Preprocessing(self.mean, self.std)

@@ -45,6 +45,11 @@ class Npz(DatasetSpec):
         return Path(self.path).stem or "Npz"
 
     @property
+    def own(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """``mean`` and ``std``."""
         return Preprocessing(self.mean, self.std)
