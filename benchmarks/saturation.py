@@ -33,8 +33,8 @@ FORMS: dict[str, tuple[Backend, str]] = {  # name -> (what runs, ONNX Runtime's 
     "exact": (OnnxRuntime(of=PTQ()), "1"),
     "ONNX Runtime's default": (OnnxRuntime(of=PTQ()), "0"),
     "OpenVINO": (OpenVINO(of=PTQ()), "1"),
-    "ONNX Runtime, 7 bits": (OnnxRuntime(of=SEVEN), "1"),
-    "OpenVINO, 7 bits": (OpenVINO(of=SEVEN), "1"),
+    "ONNX Runtime with 7 bits": (OnnxRuntime(of=SEVEN), "1"),
+    "OpenVINO with 7 bits": (OpenVINO(of=SEVEN), "1"),
 }
 RUNS = 20  # of one graph in a turn; a third as many before them, untimed
 
@@ -65,8 +65,8 @@ def main() -> None:
             if backend not in twins:
                 twins[backend] = TorchNet(net.twin, net.bits, simulated=True).predict(test).argmax(-1)
             agreed, right = 100 * (said == twins[backend]).mean(-1), 100 * (said == labels).mean(-1)
-            values |= {f"{spec.label}: agreement at exit {k + 1}, {name} (%)": a for k, a in enumerate(agreed)}
-            values |= {f"{spec.label}: accuracy at exit {k + 1}, {name} (%)": a for k, a in enumerate(right)}
+            values |= {f"{spec.label}: agreement at exit {k + 1}: {name} (%)": a for k, a in enumerate(agreed)}
+            values |= {f"{spec.label}: accuracy at exit {k + 1}: {name} (%)": a for k, a in enumerate(right)}
             print(f"{spec.label}, {name}: agrees {np.round(agreed, 2)}, right {np.round(right, 2)} %", flush=True)
             nets[name] = net
         took: dict[str, list[float]] = {name: [] for name in nets}
@@ -81,7 +81,7 @@ def main() -> None:
                 took[name].append((time.process_time_ns() - start) / RUNS / 1e3)
         medians = {name: statistics.median(t) for name, t in took.items()}
         for name, median in medians.items():
-            values[f"{spec.label}: time, {name} / ONNX Runtime's default"] = median / medians["ONNX Runtime's default"]
+            values[f"{spec.label}: time: {name} / ONNX Runtime's default"] = median / medians["ONNX Runtime's default"]
         print(f"{spec.label}: " + ", ".join(f"{name} {median:.0f} us" for name, median in medians.items()), flush=True)
     keep("saturation", values)
 
