@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from anytime import stops
+from anytime import cpu, stops
 from anytime.boards.ssh import Ssh
 from anytime.boards.ssh.job import AGENT, FILES, MACHINE, Job, links, on_board
 from anytime.boards.ssh.said import said_of
@@ -148,7 +148,8 @@ def test_every_board_gives_the_answers_of_this_machine(bench, version):
     asked = [{"folder": bench.job.net(net("int8"), links(net("int8")))}]
     bench.job.task("time-0", kind="time", nets=asked, x="test.npy")
     bench.run(python)
-    for kind in ("fp32", "int8", "restarting"):
+    exact = not (version == "3.6.15" and cpu.saturates())  # ONNX Runtime 1.10 cannot be told to add exactly
+    for kind in ("fp32", *(["int8"] if exact else []), "restarting"):
         logits, here = bench.piece(f"predict-{kind}")["logits"], net(kind).predict(x(20))
         apart = np.abs(logits - here).max()
         assert apart <= (output_step(kind) if kind == "int8" else 1e-5), f"{kind}: {apart}"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import anytime.backends
+from anytime import cpu
 from anytime.backend import Backend, Bits, TorchNet
 from anytime.backends.ensembles import GradientBoosting, Stack
 from anytime.backends.float import BFloat16, Float32
@@ -29,6 +30,11 @@ def keepers():
                 yield cls
 
 
+# What OpenVINO computes truly on this CPU.
+SIXTEEN = (BFloat16(),) if cpu.has_any(cpu.BF16_KERNELS) else ()
+EIGHT = PTQ(weight_bits=7, edge_bits=7) if cpu.saturates() else PTQ()
+
+
 def variants(spec):
     """Each keeper at its defaults; ensembles of two, a stack that begins with ``spec``.
 
@@ -40,7 +46,7 @@ def variants(spec):
             several = names["of"].startswith("tuple")
             inners = {
                 TorchCompile: (Float32(),),
-                OpenVINO: (Float32(), BFloat16(), PTQ()),
+                OpenVINO: (Float32(), *SIXTEEN, EIGHT),
                 GradientBoosting: (Float32(), PTQ()),
             }.get(cls, (Float32(), PTQ(), QAT(epochs=1)))
             few = {"members": 2} if "members" in names else {}

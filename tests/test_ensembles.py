@@ -345,8 +345,10 @@ def test_members_are_trained_once_under_their_own_names(tmp_path):
     again = Workshop(tmp_path, watch)
     x = again.data(spec, 0).test.x.numpy()
     assert np.array_equal(again.net(cell(Voting(PTQ(), members=2))).twin.trained_on, net.twin.trained_on)
-    assert np.array_equal(again.net(cell(Voting(Float32(), members=2))).predict(x), net.predict(x))
-    assert np.array_equal(again.net(cell(Float32(), train_seed=1000)).predict(x)[-1], net.members[1].predict(x)[-1])
+    # Float kernels may add up in another order where arrays lie otherwise in memory.
+    np.testing.assert_allclose(again.net(cell(Voting(Float32(), members=2))).predict(x), net.predict(x), atol=1e-6)
+    other = again.net(cell(Float32(), train_seed=1000))
+    np.testing.assert_allclose(other.predict(x)[-1], net.members[1].predict(x)[-1], atol=1e-6)
     assert len(trainings) == 2  # the second member is what training seed 1000 trains
     again.net(cell(Snapshot(Float32(), members=2)))
     again.net(cell(Fusion(Float32(), members=2)))
