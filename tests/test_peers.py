@@ -160,6 +160,7 @@ def msdnet(shape):
     return MSDNet(blocks=2, growth=2).build(shape, 4)
 
 
+@pytest.mark.filterwarnings("ignore:ONNX Runtime fails to make products of this graph exact:RuntimeWarning")
 @pytest.mark.parametrize(
     "backend, build, shape",
     [
