@@ -37,7 +37,8 @@ class Listing:
             lines.append(f"{name:<78} {said}" + (f": {line['reason']}" if line["reason"] else ""))
         lines += ["", ", ".join(f"{n} {what}" for what, n in self.total.items())]
         if self.total["todo"] + self.total["fail"]:
-            guess = f"about {self.left_s / 60:.1f} minutes by earlier records of the same kind"
+            took = f"{self.left_s / 60:.1f} minutes" if self.left_s < 5400 else f"{self.left_s / 3600:.1f} hours"
+            guess = f"about {took} by earlier records of the same kind"
             unknown = f"; {self.n_unknown} facts have no earlier record to judge by" if self.n_unknown else ""
             lines.append(f"to do: {guess}{unknown}")
         return "\n".join(lines + self.troubles)
@@ -90,16 +91,21 @@ def _specs(value: object) -> Iterator[Spec]:
 
 
 def _seconds(records: list[Record]) -> dict[tuple[str, ...], float]:
-    """Median wall time by (kind, data set, model, backend), and by coarser names where that was never run."""
+    """Median wall time of eval records by (data set, model, kind of backend, backend), and by coarser names where that was never run."""
     seen: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for r in records:
         wall = r.facts.get("wall_s", {})
         if r.kind != "eval" or "all" not in wall:
             continue
-        names = (r.facts["dataset"], r.facts["model"], r.facts["backend"])
-        for n in range(1, 4):
-            seen[("eval", *names[:n])].append(wall["all"])
+        names = _names(r.facts["dataset"], r.facts["model"], r.facts["backend"])
+        for n in range(1, len(names) + 1):
+            seen[names[:n]].append(wall["all"])
     return {name: median(values) for name, values in seen.items()}
+
+
+def _names(data: str, model: str, backend: str) -> tuple[str, ...]:
+    # By its classes: a QAT at other bits takes as long, one of the many PTQ of the same network a hundredth.
+    return (data, model, " ".join(re.findall(r"\b[A-Z]\w*", backend)), backend)
 
 
 def _estimate(fact: Fact, took: dict[tuple[str, ...], float]) -> float | None:
@@ -107,5 +113,5 @@ def _estimate(fact: Fact, took: dict[tuple[str, ...], float]) -> float | None:
         return 0.2
     if fact.of in ("measure", "replay"):
         return 2.0
-    names = (fact.cell.data.label, fact.cell.model.label, fact.cell.backend.label)
-    return next((took[("eval", *names[:n])] for n in (3, 2, 1) if ("eval", *names[:n]) in took), None)
+    names = _names(fact.cell.data.label, fact.cell.model.label, fact.cell.backend.label)
+    return next((took[names[:n]] for n in range(len(names), 0, -1) if names[:n] in took), None)
