@@ -78,6 +78,7 @@ class Experiment(Spec):
     replay_samples: int = 250
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise UsageError(f"experiment {self.name!r}: a name is of letters, digits, '_', '-' and '.', for files are called so")
         for field in ("suites", "backends", "train_seeds", "seeds", "arms"):

@@ -99,6 +99,7 @@ class Alike(Ensemble):
     members: int = 5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.members < 1:
             raise UsageError(f"{type(self).__name__}: members={self.members} is no number of networks; use 1 or more")
 

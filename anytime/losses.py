@@ -29,6 +29,7 @@ class Loss(Spec, ABC):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"{type(self).__name__}: label_smoothing={self.label_smoothing} must lie in [0, 1)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -25,6 +26,20 @@ class Spec:
     """
 
     version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """UsageError for a value that its field's type does not hold; a subclass with checks of its own calls this first.
+
+        A whole number for a float is taken as one: 1 and 1.0 have one key.
+        """
+        hints = _hints(type(self))  # type: ignore[arg-type]  # mypy takes the class for an unhashable instance
+        for f in dataclasses.fields(self):
+            value, hint = getattr(self, f.name), hints.get(f.name, Any)
+            if _fits(value, hint):
+                continue
+            if type(value) is not int or not _fits(float(value), hint):
+                raise UsageError(f"{type(self).__name__}: {f.name}={value!r} must be {_say(hint)}")
+            object.__setattr__(self, f.name, float(value))
 
     @property
     def label(self) -> str:
@@ -75,6 +90,14 @@ def override(spec: T, path: str, text: str) -> T:
     return new
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:  # of a class whose module does not know its own annotations, nothing can be said
+        return {}
+
+
 def _not_default(spec: Spec) -> dict[str, Any]:
     said = {}
     for f in dataclasses.fields(spec):
@@ -113,7 +136,7 @@ def _override(obj: Any, steps: list[str], text: str, path: str, hint: Any = Any)
     names = [f.name for f in dataclasses.fields(obj)]
     if head not in names:
         raise UsageError(f"--set {path}: {type(obj).__name__} has no field {head!r}; {near(head, names)}")
-    field_hint = typing.get_type_hints(type(obj))[head]
+    field_hint = _hints(type(obj)).get(head, Any)  # type: ignore[arg-type]
     new = _override(getattr(obj, head), rest, text, path, field_hint)
     return dataclasses.replace(obj, **{head: new})
 

@@ -69,6 +69,7 @@ class Recipe(Spec):
     trunk_epochs: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.epochs, self.trunk_epochs, self.cutout) < 0 or self.batch < 1 or not self.lr > 0:
             raise UsageError(
                 f"recipe: epochs={self.epochs}, trunk_epochs={self.trunk_epochs}, batch={self.batch}, lr={self.lr}, "

@@ -98,8 +98,10 @@ def test_every_field_can_be_set_from_its_text(spec):
     assert got == spec
 
 
-def test_one_and_true_are_not_the_same_value():
-    assert key(Inner(epochs=1)) != key(replace(Inner(), epochs=True))
+def test_one_is_the_same_value_as_a_float_and_not_as_a_truth():
+    assert key(Inner(lr=1)) == key(Inner(lr=1.0)) and type(Inner(lr=1).lr) is float
+    with pytest.raises(UsageError, match="Inner: epochs=True must be int"):
+        Inner(epochs=True)
 
 
 def test_override_reaches_into_specs_and_tuples():
@@ -132,4 +134,19 @@ def test_a_wrong_override_says_what_to_do(path, text, said):
 
 def test_a_spec_of_strange_things_is_refused():
     with pytest.raises(TypeError, match="cannot be part of a spec"):
-        plain(replace(Outer("x"), weight=object()))
+        plain((1, object()))
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"kind": "c"}, "Inner: kind='c' must be one of 'a', 'b'"),
+        ({"epochs": "2"}, "Inner: epochs='2' must be int"),
+        ({"epochs": 2.0}, "Inner: epochs=2.0 must be int"),
+        ({"sizes": 3}, r"Inner: sizes=3 must be tuple\[int, ...\]"),
+        ({"lr": float("nan")}, "Inner: lr=nan must be float"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(wrong, said):
+    with pytest.raises(UsageError, match=said):
+        Inner(**wrong)

@@ -220,6 +220,7 @@ class Stack(Ensemble):
     combine: Literal["average"] | Fit = "average"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.members:
             raise UsageError("Stack: members is empty; name (model, backend) or (model, backend, recipe) of each")
 

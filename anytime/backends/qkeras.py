@@ -70,6 +70,7 @@ class QKeras(Backend):
     freeze_bn: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.freeze_bn <= 1:
             raise UsageError(f"QKeras: freeze_bn={self.freeze_bn} is a share: give 0 to 1")
 

@@ -27,6 +27,7 @@ class Tuned(Backend):
     of: tuple[Backend, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.of:
             raise UsageError("Tuned: of is empty; name the candidates")
 

@@ -75,6 +75,7 @@ class Host(Board):
     batch: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.threads < 1 or self.launches < 1 or self.warmup < 0 or self.batch < 1:
             raise UsageError(
                 f"Host: threads={self.threads}, launches={self.launches}, warmup={self.warmup}, batch={self.batch}: "

@@ -33,6 +33,7 @@ class ImageFolder(DatasetSpec):
     augment: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size < 1 or len(self.mean) not in (1, 3) or len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise UsageError(
                 f"ImageFolder: size={self.size}, mean={self.mean}, std={self.std}: use size >= 1, and three values of mean "

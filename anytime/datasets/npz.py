@@ -34,6 +34,7 @@ class Npz(DatasetSpec):
     augment: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise UsageError(
                 f"Npz: mean={self.mean}, std={self.std}: give as many of each, one or one per channel, every std above 0"

@@ -31,6 +31,7 @@ class Synthetic(DatasetSpec):
     noise: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n_classes < 2 or self.n < 4 * self.n_classes or self.size < 1 or self.channels < 1 or self.noise < 0:
             raise UsageError(
                 f"Synthetic: n={self.n}, size={self.size}, channels={self.channels}, n_classes={self.n_classes}, "

@@ -85,6 +85,7 @@ class ThreeExitMLP(ModelSpec):
     width: int = 1024
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.width < 1:
             raise UsageError(f"ThreeExitMLP: width={self.width} is no number of neurons; use 1 or more")
 

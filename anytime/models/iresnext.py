@@ -40,6 +40,7 @@ class IResNeXt(ModelSpec):
     subnets: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = (self.blocks, self.width, self.bottleneck, self.cardinality, self.subnets)
         if min(sizes) < 1 or self.cardinality % self.subnets:
             raise UsageError(

@@ -25,6 +25,7 @@ class LeNet5(ModelSpec):
     width: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.width > 0:
             raise UsageError(f"LeNet5: width={self.width} is no factor of widths; use one above 0")
 

@@ -63,6 +63,7 @@ class SparseResNet(ModelSpec):
     squeeze: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = (*self.widths, self.squeeze, self.exits, self.depth)
         if not self.widths or min(sizes) < 1 or self.depth % 2 ** (self.exits - 1):
             raise UsageError(

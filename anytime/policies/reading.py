@@ -42,6 +42,7 @@ class Reading(Policy):
     chosen: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reads and (list(self.reads) != sorted(set(self.reads)) or len(self.reads) < 2 or self.reads[0] < 0):
             raise UsageError(f"Reading: reads={self.reads} must name at least two exits, from 0, ascending")
         if self.most < 2:

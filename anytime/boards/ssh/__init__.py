@@ -67,6 +67,7 @@ class Ssh(Board):
     energy: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.alias or self.threads < 1 or self.launches < 1 or self.warmup < 0:
             raise UsageError(
                 f"Ssh: alias={self.alias!r}, threads={self.threads}, launches={self.launches}, warmup={self.warmup}: "
