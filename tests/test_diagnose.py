@@ -234,6 +234,15 @@ def test_of_stages_that_restart_only_the_last_is_on_the_way():
         diagnosed(net, model, part.x, part.y)
 
 
+def test_a_float_network_that_answers_nan_is_said():
+    model, part = traced(trained()), data().tune
+    net = rounded(model)
+    with torch.no_grad():
+        model.heads[1].get_submodule("4").bias[0] = float("nan")
+    with pytest.raises(Unsupported, match="the float network answers NaN or infinity at exit 2"):
+        diagnosed(net, model, part.x, part.y)
+
+
 def test_no_samples_are_said():
     model, part = traced(trained()), data().tune
     with pytest.raises(Unsupported, match="no calibration samples"):

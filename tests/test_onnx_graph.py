@@ -66,6 +66,27 @@ def test_link_by_link_the_graphs_say_what_the_chain_says(name):
                 assert rest[0].dtype == {"float": np.float32, "u8s8": np.uint8, "s8s8": np.int8}[name]
 
 
+class Sums(nn.Module):
+    def __init__(self, alpha):
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x):
+        return torch.add(x, x, alpha=self.alpha) + 1.0
+
+
+def test_numbers_are_added_and_a_factor_inside_an_addition_is_refused():
+    def chain(alpha):
+        return AnytimeModel([Sums(alpha)], [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))]).eval()
+
+    x, plain = data().test.x[:4], chain(1)
+    proto = OnnxChain(traced(plain), SHAPE, True).write(Segment(0, 1, 0))
+    for _, run in runners(proto):
+        assert np.allclose(run(None, {proto.graph.input[0].name: x.numpy()})[0], plain(x)[0].detach().numpy(), atol=1e-5)
+    with pytest.raises(Unsupported, match="stages.0.add: an addition with alpha=0.25 has no ONNX form"):
+        OnnxChain(traced(chain(0.25)), SHAPE, True).write(Segment(0, 1, 0))
+
+
 def test_a_fused_prefix_is_bit_by_bit_the_links_in_turn():
     chain, int_bias = CHAINS["u8s8"]
     writer = OnnxChain(chain, SHAPE, int_bias)

@@ -302,6 +302,34 @@ def test_freezing_puts_weights_and_biases_on_their_grids():
     assert model is net.model and not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("bits, factor", [(16, 1.0), (8, 1e-9)])
+def test_a_bias_that_int32_does_not_hold_widens_the_scale_of_its_weights(bits, factor):
+    """At 16 bits the steps of a bias are tiny, and so they are for a channel whose weights are next to nothing."""
+    model = traced(trained())
+    layer = model.stages[0].get_submodule("0")
+    with torch.no_grad():
+        layer.weight[:2] *= factor
+        layer.bias[:2] = torch.tensor([3e3, -1.0])
+    net = prepared(model, data().calib.x, Widths(bits, bits, edge=bits), "u8s8", "minmax", "minmax")
+    frozen, x = net.freeze(round_bias=True), data().test.x[:64]
+    with torch.inference_mode():
+        want, got = model(x), frozen(x)
+    assert ((got - want).norm() / want.norm()).item() < 0.02
+    for path, q in net.layers():
+        assert (q.bias / (net.sources[path].scale * q.weight_scale)).abs().max() < 2**31
+
+
+def test_the_bias_of_a_channel_without_weights_is_not_rounded_away():
+    model = traced(trained())
+    layer = model.stages[0].get_submodule("0")
+    with torch.no_grad():
+        layer.weight[0] = 0
+        layer.bias[0] = 0.01
+    net = prepared(model, data().calib.x, Widths(4, 4, edge=4), "u8s8", "minmax", "minmax")
+    net.freeze(round_bias=True)
+    assert dict(net.layers())["stages.0.0"].bias[0].item() == pytest.approx(0.01, rel=1e-6)
+
+
 def test_quantizing_leaves_the_float_network_alone():
     model = copy.deepcopy(trained())
     before = copy.deepcopy(model.state_dict())

@@ -16,7 +16,7 @@ from anytime.errors import Infeasible, Unsupported, UsageError
 from anytime.model import AnytimeModel
 from anytime.quant.diagnose import diagnosed
 from anytime.quant.graph import Widths, quantized
-from anytime.quant.ranges import Observer
+from anytime.quant.ranges import NEEDS_VALUES, Observer
 from anytime.quant.search import Allocation, Choices, choices, divergence, sensitivities
 from anytime.quant.trace import traced
 from anytime.reach import Reach
@@ -57,6 +57,7 @@ class MixedPrecision(Backend):
     keep_float: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         said = f"candidates={self.candidates}"
         if not self.candidates or list(self.candidates) != sorted(set(self.candidates)):
             raise UsageError(f"MixedPrecision: {said}: give at least one width, ascending")
@@ -87,7 +88,7 @@ class MixedPrecision(Backend):
         float_chain = traced(model)
         nets = [quantized(float_chain, self._widths(width), target, self.keep_float) for width in self.candidates]
         last = None if reached is None else torch.from_numpy(reached.last)
-        seen = nets[0].observe(calib.x, last)
+        seen = nets[0].observe(calib.x, last, values=self.observer in NEEDS_VALUES)
         for net in nets:
             net.calibrate(seen, self.observer, self.weight_observer)
             net.check_coverage()
@@ -111,9 +112,8 @@ class MixedPrecision(Backend):
         # The bits too: another machine may choose others.
         name = f"{key((self, tuple((layer, *bits) for layer, bits in sorted(net.bits.items()))))}-{target}"
         learned = learn_rounding(net, float_chain, calib.x, self.rounding, self.iterations, trainer, name, last)
-        sqnr = diagnosed(net, float_chain, calib.x[:256], calib.y[:256])
         done = fake_quant_net(net, target)
-        done.sqnr = sqnr
+        done.sqnr = diagnosed(done.twin, float_chain, calib.x[:256], calib.y[:256])
         want, got = (torch.from_numpy(TorchNet(m, {}, simulated=True).predict(x.numpy())) for m in (float_chain, done.twin))
         spent = {form: f"{c.cost(allocation.bits) / _w8a8(c):.4f}" for form, c in (("plain", plain), ("expected", counted))}
         done.facts |= learned | {

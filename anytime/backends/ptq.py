@@ -53,6 +53,7 @@ class PTQ(IntegerBackend):
     reestimate_bn: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reestimate_bn and (self.equalize or self.reach):
             other = "equalize, which needs BatchNorm folded" if self.equalize else "reach: it measures BatchNorm on all images"
             raise UsageError(f"PTQ cannot take reestimate_bn together with {other}; leave one of them out")
@@ -87,10 +88,10 @@ class PTQ(IntegerBackend):
             _match_bn(net.model, chain, calib.x)
         if self.correct_bias:
             facts["biases corrected"] = str(correct_bias(net, chain, calib.x, reached))
-        sqnr = diagnosed(net, chain, calib.x[:256], calib.y[:256])
         deployable = fake_quant_net(net, target)
         deployable.facts |= facts
-        deployable.sqnr = sqnr
+        folded = traced(model) if self.reestimate_bn else chain
+        deployable.sqnr = diagnosed(deployable.twin, folded, calib.x[:256], calib.y[:256])
         return deployable
 
 

@@ -23,8 +23,8 @@ def layer_sqnr(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, ba
     """Signal to quantization noise of every layer's output in dB over x [N, C, H, W], in the order in which layers run.
 
     10 log10(E[z^2] / E[(z_hat - z)^2]); z from the float chain ``model``, z_hat from the rounded one, each on its own path.
-    inf without an error, -inf where the rounded one makes NaN or infinity. Unsupported without samples, and for the chain
-    of another network.
+    inf without an error, -inf where the rounded one makes NaN or infinity. Unsupported without samples, for the chain
+    of another network, and for one whose answers are not finite.
     """
     return _compared(net, model, x, len(x), batch)[2]
 
@@ -132,6 +132,9 @@ def _compared(
             said = [(model(part), rounded(part)) for part in _batches(x[:measured], batch)]
         said += [(model(part), rounded(part)) for part in _batches(x[measured:], batch) if len(part)]
     reference, logits = (torch.cat(list(each), 1).numpy() for each in zip(*said, strict=True))
+    for k, z in enumerate(reference):
+        if not np.isfinite(z).all():
+            raise Unsupported(f"the float network answers NaN or infinity at exit {k + 1}: it is broken on its calibration images")
     return reference, logits, {path: _decibels(signal[path], noise[path]) for path in signal}
 
 

@@ -14,10 +14,11 @@ from anytime.quant.bits import Bits, Target
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, Settled, per_channel
 from anytime.quant.place import Placement, uncovered
 from anytime.quant.place import Widths as Widths
-from anytime.quant.ranges import Histogram, Observer, activation_grid, weight_scales
+from anytime.quant.ranges import NEEDS_VALUES, Histogram, Observer, activation_grid, weight_scales
 from anytime.quant.trace import conv_before, drop_node, links, module_of, tidy, traced
 
 Calibration = dict[str, Histogram]  # name of a tensor -> what was seen of it
+MOST_BIAS = 2.0**30  # integers of a bias: half of what int32 holds, so that what is added to it has room
 MOST_KEPT = 1 << 28  # values of all tensors that calibration holds at a time: 1 GiB
 
 
@@ -118,14 +119,19 @@ class Quantized:
 
     def freeze(self, round_bias: bool) -> AnytimeModel:
         """Settle, put weights on their grids, and biases on the int32 grid of input scale x weight scale where an engine
-        computes with such biases; return the chain in eval mode."""
+        computes with such biases; return the chain in eval mode.
+
+        A channel whose bias such an int32 cannot hold gets a wider weight scale (16 bits, or weights of next to nothing).
+        """
         self.settle()
         with torch.no_grad():
             for path, layer in self.layers():
+                if layer.bias is not None and round_bias:
+                    _make_room(layer, self.sources[path].scale)
                 layer.weight.copy_(layer.rounded())
                 if layer.bias is not None and round_bias:
                     step = self.sources[path].scale * layer.weight_scale
-                    layer.bias.copy_((layer.bias / step).round().clamp(-(2.0**31), 2.0**31 - 1) * step)
+                    layer.bias.copy_((layer.bias / step).round() * step)
         for p in self.model.parameters():
             p.requires_grad_(False)
         return self.model.eval()
@@ -148,7 +154,7 @@ def prepared(
 ) -> Quantized:  # fmt: skip
     """``quantized``, calibrated on calib [N, C, H, W], every layer covered; Unsupported names the layer that is not."""
     net = quantized(model, widths, target, exclusions, fold_bn)
-    net.calibrate(net.observe(calib), observer, weight_observer)
+    net.calibrate(net.observe(calib, values=observer in NEEDS_VALUES), observer, weight_observer)
     net.check_coverage()
     return net
 
@@ -170,6 +176,14 @@ def _watch(model: AnytimeModel, x: Tensor, reached: Tensor | None) -> None:
 
 def _take(state: Any, rows: Tensor) -> Any:
     return state[rows] if isinstance(state, Tensor) else tuple(_take(s, rows) for s in state)
+
+
+def _make_room(layer: QConv2d | QLinear, input_scale: Tensor) -> None:
+    """Widen the weight scale of channels whose bias is too many steps; where all weights are 0 the bias alone chooses it."""
+    assert layer.bias is not None
+    least = layer.bias.abs() / (input_scale * MOST_BIAS)
+    zero = (layer.weight == 0).flatten(1).all(1) & (least > 0)
+    layer.weight_scale.copy_(torch.where(zero, least, layer.weight_scale.maximum(least)))
 
 
 def _fold(conv: QConv2d, bn: nn.BatchNorm2d) -> None:

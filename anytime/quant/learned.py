@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from anytime.errors import Unsupported
 from anytime.quant.fake import (
     ActivationLearner,
     FakeQuant,
@@ -23,17 +24,23 @@ from anytime.quant.ranges import TINY, Grid
 Method = Literal["ste", "lsq", "pact", "dorefa"]
 
 
-def learn(net: Quantized, method: Method) -> None:
+def learn(net: Quantized, method: Method, at_8_bits: bool = True) -> None:
     """Give the quantizers of a calibrated net learners, which begin at its grids; ``settle`` makes plain grids of them.
 
-    "ste": none, the grids stay and the weights move on them. "lsq": a step per tensor, and per output channel of a weight.
+    "ste": none, the grids stay and the weights move on them. "lsq": a step per tensor, and per output channel of a weight;
+    ``at_8_bits`` False leaves 8-bit weights their grids.
     "pact": a clipping level per activation that is never negative, weights as DoReFa's. "dorefa": activations clipped to
     [0, 1]. PACT's and DoReFa's forms hold under 8 bits, as their papers leave first and last layers alone: an 8-bit
-    layer and, for DoReFa, an 8-bit tensor keep their grids.
+    layer and, for DoReFa, an 8-bit tensor keep their grids, and so does a tensor with negative values for both.
+    Unsupported where a target's activations are signed, of which neither has a form.
     """
     if method == "ste":
         return
     for q in net.quantizers():
+        if q.signed and method in ("pact", "dorefa"):
+            raise Unsupported(
+                f"{method} clips activations at 0, and this target's are signed: use learns='lsq' or 'ste', or an engine with unsigned ones"
+            )
         low = q.bits < 8
         if method == "lsq":
             q.learner = LSQActivation(q)
@@ -43,7 +50,8 @@ def learn(net: Quantized, method: Method) -> None:
             q.learner = DoReFaActivation(q)
     for _, layer in net.layers():
         if method == "lsq":
-            layer.learner = LSQWeight(layer)
+            if at_8_bits or layer.weight_bits < 8:
+                layer.learner = LSQWeight(layer)
         elif layer.weight_bits < 8:
             layer.learner = DoReFaWeight(layer)
 

@@ -54,7 +54,7 @@ def _weight(w: Writer, m: QConv2d | QLinear | nn.Conv2d | nn.Linear, name: str, 
         names = [w.op("DequantizeLinear", [integers, scale, zero], f"{name}.weight/DQ", axis=1 if flip else 0)]
         if m.bias is not None and int_bias:
             step = (x.q.quant.scale * m.weight_scale).numpy().astype(np.float32)
-            counts = np.clip(np.rint(m.bias.detach().numpy().astype(np.float64) / step), -(2**31), 2**31 - 1).astype(np.int32)
+            counts = np.rint(m.bias.detach().numpy().astype(np.float64) / step).astype(np.int32)  # freeze has made room
             b_scale = w.constant(f"{name}.bias/scale", step)
             b_zero = w.constant(f"{name}.bias/zero_point", np.zeros(len(step), np.int32))
             return [
@@ -188,7 +188,9 @@ def call(w: Writer, node: fx.Node, name: str, args: list[Any], kwargs: dict[str,
     """What a function or a method of a tensor makes of its arguments, as ``module`` does."""
     target = node.target
     if target in (add, torch.add, "add"):
-        return Value(w.op("Add", [args[0].name, args[1].name], name))
+        if kwargs.get("alpha", 1) != 1:
+            raise Unsupported(f"{name}: an addition with alpha={kwargs['alpha']} has no ONNX form here; multiply before you add")
+        return Value(w.op("Add", [_operand(w, v, f"{name}/{i}") for i, v in enumerate(args[:2])], name))
     if target in (torch.relu, F.relu, "relu"):
         return Value(w.op("Relu", [args[0].name], name))
     if target is torch.cat:
@@ -198,9 +200,13 @@ def call(w: Writer, node: fx.Node, name: str, args: list[Any], kwargs: dict[str,
         return Value(w.op("GlobalAveragePool", [args[0].name], name))
     if target == "detach":
         return args[0]  # type: ignore[no-any-return]
-    if target in (torch.flatten, "flatten") and tuple(args[1:2] or kwargs.values()) == (1,):
+    if target in (torch.flatten, "flatten") and (tuple(args[1:]), kwargs) in (((1,), {}), ((1, -1), {}), ((), {"start_dim": 1})):
         return _keep(w, w.op("Flatten", [args[0].name], name, axis=1), args[0], name)
     raise Unsupported(f"{name}: no ONNX form is known for {getattr(target, '__name__', target)}")
+
+
+def _operand(w: Writer, v: Value | float, name: str) -> str:
+    return v.name if isinstance(v, Value) else w.constant(name, np.array(v, np.float32))
 
 
 def one_grid(grids: set[FakeQuant | None]) -> FakeQuant | None:
