@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anytime.errors import Unsupported
 from anytime.quant.fake import FakeQuant, QLinear
 from anytime.quant.graph import Widths, prepared
 from anytime.quant.learned import DoReFaWeight, LSQActivation, LSQWeight, PACTActivation, learn
@@ -146,6 +147,21 @@ def test_what_is_trained_is_what_settles(method, bits, fold_bn):
     for _, q in net.layers():
         whole = q.weight / q.weight_scale.view(-1, *(1,) * (q.weight.ndim - 1))
         assert torch.allclose(whole, whole.round(), atol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["pact", "dorefa"])
+def test_what_has_no_form_for_signed_activations_says_so(method):
+    net = prepared(trained(), data().calib.x, Widths(4, 4), "s8s8", "mse", "mse")
+    with pytest.raises(Unsupported, match=f"{method} clips activations at 0, and this target's are signed: use learns='lsq'"):
+        learn(net, method)
+
+
+@pytest.mark.parametrize("at_8_bits", [True, False])
+def test_weights_of_8_bits_can_keep_their_grids(at_8_bits):
+    net = prepared(trained(), data().calib.x, Widths(4, 4), "u8s8", "mse", "mse")
+    learn(net, "lsq", at_8_bits)
+    assert {layer.weight_bits: layer.learner is not None for _, layer in net.layers()} == {8: at_8_bits, 4: True}
+    assert all(q.learner is not None for q in net.quantizers())
 
 
 def test_learning_lowers_the_loss_of_what_restarts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -28,7 +29,9 @@ class QAT(IntegerBackend):
     What is trained is what is exported, for its target. Learns at ``lr_scale`` times the recipe's rate. ``learns``: "ste" keeps
     the calibrated grids, "lsq", "pact" and "dorefa" learn theirs (quant/learned.py). ``fold_bn`` folds BatchNorm before;
     else it stays behind its rounded convolution, its statistics move for the first ``freeze_bn`` of the epochs, and it
-    is folded exactly afterwards. ``teach``: share of the loss that is the distance to the float network's answers.
+    is folded exactly afterwards. ``learn_8bit`` False leaves 8-bit weights their calibrated grids under "lsq": with so many
+    levels a step feels hardly anything but the weights that it cuts off, and runs away. ``teach``: share of the loss that
+    is the distance to the float network's answers.
     Source: Jacob et al., CVPR 2018, arXiv:1712.05877, section 3; STE: Bengio et al. 2013, arXiv:1308.3432. Deviation: with
     "ste" ranges are frozen from the start, where Jacob et al. keep a moving average.
     """
@@ -42,8 +45,10 @@ class QAT(IntegerBackend):
     freeze_bn: float = 0.5
     teach: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    learn_8bit: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("freeze_bn", "teach"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"QAT: {name}={getattr(self, name)} is a share: give 0 to 1")
@@ -55,7 +60,7 @@ class QAT(IntegerBackend):
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         left_out = self.exclusions(traced(model), target)
         net = prepared(model, calib.x, self.widths, target, self.observer, self.weight_observer, left_out, self.fold_bn)
-        learn(net, self.learns)
+        learn(net, self.learns, self.learn_8bit)
         student = _Taught(net.model, model) if self.teach else net.model
         name = f"{key(self)}-{target}"
         trainer.fit(
@@ -63,8 +68,8 @@ class QAT(IntegerBackend):
             loss=FromTeacher(of=trainer.recipe.loss, share=self.teach) if self.teach else None, each_epoch=self._freeze,
         )  # fmt: skip
         net.model.trained_on = student.trained_on
-        diagnosed(net, traced(model, self.fold_bn), calib.x[:256], calib.y[:256])  # noise is none of its training's: not kept
         deployable = fake_quant_net(net, target)
+        diagnosed(deployable.twin, traced(model), calib.x[:256], calib.y[:256])  # noise is none of its training's: not kept
         if computed := trainer.said(name).get("precision"):
             deployable.facts["trained_in"] = computed
         return deployable
@@ -85,7 +90,7 @@ class _Taught(AnytimeModel):
     def __init__(self, student: AnytimeModel, teacher: AnytimeModel) -> None:
         super().__init__(student.stages, student.heads, student.restarts)
         self.trained_on = student.trained_on
-        self._teacher = (teacher.eval(),)  # a tuple hides it from state_dict and from the optimizer
+        self._teacher = (copy.deepcopy(teacher).eval(),)  # a tuple hides it from state_dict and from the optimizer
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
