@@ -177,9 +177,9 @@ class IntegerBackend(Backend, ABC):
     """Integers of ``weight_bits`` and ``activation_bits`` in every stage and every head.
 
     Weights per output channel and symmetric; activations per tensor, affine unsigned ("u8s8", "u8s8-fused") or symmetric
-    signed ("s8s8"). ``edge_bits``: the first layer and each head's last one. ``add_bits``: tensors that an addition or a pooling
-    reads too (0: as ``activation_bits``). ``keep_float``: layers left out, by path; any other layer that cannot be
-    quantized raises Unsupported. For "s8s8" TensorRT's own exclusions are left out too, and listed.
+    signed ("s8s8"). ``edge_bits``: layers that read the image and each head's last one. ``add_bits``: tensors that an addition
+    or a pooling reads too (0: as ``activation_bits``). ``keep_float``: layers left out, by path; any other layer that cannot
+    be quantized raises Unsupported. For "s8s8" TensorRT's own exclusions are left out too, and listed.
     """
 
     method: ClassVar[str]  # "PTQ", "QAT"

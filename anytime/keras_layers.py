@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from anytime.errors import Unsupported
 from anytime.layers import MixedPool2d, ZeroPadShortcut
 from anytime.quant.fake import FakeQuant
-from anytime.quant.trace import is_add, is_relu
+from anytime.quant.nodes import is_add, is_relu
 from anytime.tf import tensorflow
 
 

@@ -184,12 +184,11 @@ class Twice(nn.Module):
         return self.conv(torch.relu(self.conv(x)))
 
 
-def test_a_layer_that_is_called_twice_is_left_alone():
+def test_a_layer_that_is_called_twice_is_corrected_for_each_call():
     torch.manual_seed(0)
     x, model = torch.randn(8, 2, 4, 4), traced(AnytimeModel([Twice()], [nn.Sequential(nn.Flatten(), nn.Linear(32, 3))]))
     net = rounded(model, x)
-    before = net.model.stages[0].conv.bias.clone()
-    assert correct_bias(net, model, x) == 1 and torch.equal(net.model.stages[0].conv.bias, before)
+    assert correct_bias(net, model, x) == 3 and max(mean_errors(net, model, x).values()) < 1e-5
 
 
 def test_what_cannot_be_corrected_is_said():

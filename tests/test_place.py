@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from anytime.backends.ptq import PTQ
 from anytime.dataset import Part
@@ -18,8 +19,10 @@ from anytime.models.sdn import SDN
 from anytime.quant.bits import Bits
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, Settled, per_channel
 from anytime.quant.graph import Widths, prepared, quantized, traced
-from anytime.quant.place import tensorrt_exclusions
-from anytime.quant.trace import module_of
+from anytime.quant.nodes import module_of
+from anytime.quant.place import tensorrt_exclusions, uncovered
+from anytime.quant.reconstruct import Reconstruction, reconstruct
+from anytime.quant.units import partition
 from tests.worlds import Restarting, Tiny, data
 
 TARGETS = ("u8s8", "u8s8-fused", "s8s8")
@@ -97,6 +100,106 @@ def test_the_shape_of_a_tensor_is_no_tensor():
     net = placed(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), View(), nn.Linear(8, 3)))
     x = torch.rand(4, 1, 4, 4)
     assert calibrated(net, x).model(x).shape == (1, 4, 3)
+
+
+class Call(nn.Module):
+    """f(self, x), with two convolutions and a matrix at hand."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.conv, self.other, self.matrix = f, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return self.f(self, x)
+
+
+@pytest.mark.parametrize("split", [torch.chunk, torch.split, lambda x, *how: x.chunk(*how), lambda x, *how: x.split(*how)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_parts_of_a_tensor_lie_on_its_grid(target, split):
+    def halves(m, x):
+        parts = split(torch.relu(m.conv(x)), 2, 1)
+        y = m.other(torch.cat([parts[1], parts[1]], 1))
+        return y + torch.cat([parts[0], parts[0]], 1) + torch.stack(x.unbind(1), 1)
+
+    model, x = AnytimeModel([Call(halves)], [nn.Sequential(nn.Flatten(), nn.Linear(64, 3))]), torch.randn(16, 4, 4, 4)
+    net = calibrated(quantized(model, Widths(4, 4), target), x)
+    assert not {name for name in rounded(net.model.stages[0]) if name.startswith(("chunk", "split", "unbind", "getitem"))}
+    if target == "s8s8":  # what is joined of parts lies there too
+        assert net.sources["stages.0.other"].name == "stages.0:relu"
+    reconstruct(net, traced(model), x, Reconstruction("layer", iterations=1, batch=8), seed=0)
+
+
+@pytest.mark.parametrize(
+    "stage, said",
+    [
+        (Call(lambda m, x: m.conv(x).max(1)[0]), r"stages\.0\.max_1 gives several tensors"),
+        (Call(lambda m, x: m.conv(x).sort(1).values), r"stages\.0\.sort gives several tensors"),
+        (nn.Sequential(nn.Flatten(2), nn.LSTM(16, 4)), r"stages\.0\.1 gives several tensors"),
+    ],
+    ids=["max", "sort", "LSTM"],
+)
+def test_other_tuples_are_refused_by_name(stage, said):
+    with pytest.raises(Unsupported, match=said):
+        quantized(AnytimeModel([stage], [nn.Flatten()]), Widths(8, 8), "u8s8")
+
+
+def shuffled(m, x):
+    n, c, h, w = x.size()
+    y = m.conv(x).view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
+    return m.other(y)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_computed_of_a_shape_is_not_rounded(target):
+    model, x = AnytimeModel([Call(shuffled)], [nn.Sequential(nn.Flatten(), nn.Linear(64, 3))]), torch.randn(16, 4, 4, 4)
+    net = calibrated(quantized(model, Widths(8, 8), target), x)
+    assert not {name for name in rounded(net.model.stages[0]) if name.startswith(("floordiv", "size", "getitem"))}
+    assert set(net.bits) == {"stages.0.conv", "stages.0.other", "heads.0.1"}
+
+
+# Layers that would stay in float --------------------------------------------------------------------------------
+
+MULTIPLY = {
+    "stages.0.matmul": lambda m, x: x @ m.matrix,
+    "stages.0.conv_transpose2d": lambda m, x: F.conv_transpose2d(x, m.matrix[:, :, None, None]),
+    "stages.0.scaled_dot_product_attention": lambda m, x: F.scaled_dot_product_attention(x, x, x),
+    "stages.0.tensordot": lambda m, x: torch.tensordot(x, m.matrix, 1),
+    "stages.0.mv": lambda m, x: x.flatten().view(-1, 4).mv(m.matrix[0]),
+    "stages.0.baddbmm": lambda m, x: torch.baddbmm(x.flatten(1, 2), x.flatten(1, 2), m.matrix.expand(2, 4, 4)),
+    "stages.0.matmul_1": lambda m, x: (x * m.matrix).matmul(x) + (x.sigmoid() + m.matrix) @ x,
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLY)
+def test_functions_that_multiply_are_named(name):
+    model = AnytimeModel([Call(MULTIPLY[name])], [nn.Flatten()])
+    model.stages[0].up = nn.ConvTranspose1d(4, 4, 1)
+    net = quantized(model, Widths(8, 8), "u8s8")
+    assert name.replace("conv", "up") in dict(uncovered(net.model, net.sources)) or name in dict(
+        uncovered(net.model, net.sources)
+    )
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.ConvTranspose1d(4, 4, 1), nn.ConvTranspose3d(4, 4, 1), nn.GRUCell(4, 4), nn.Conv1d(4, 4, 1)],
+    ids=lambda m: type(m).__name__,
+)
+def test_modules_with_a_weight_are_named(layer):
+    net = quantized(AnytimeModel([nn.Sequential(layer)], [nn.Flatten()]), Widths(8, 8), "u8s8")
+    assert dict(uncovered(net.model, net.sources)) == {"stages.0.0": f"no quantizer for {type(layer).__name__}"}
+
+
+def test_what_scales_value_by_value_is_no_layer():
+    norms = (
+        nn.BatchNorm2d(4),
+        nn.PReLU(4),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm((4, 8, 8)),
+        Call(lambda m, x: x * m.matrix[:, :1, None]),
+    )
+    net = quantized(AnytimeModel([nn.Sequential(*norms)], [nn.Flatten()]), Widths(8, 8), "u8s8")
+    assert not dict(uncovered(net.model, net.sources))
 
 
 # Additions -----------------------------------------------------------------------------------------------------
@@ -237,6 +340,22 @@ def test_msdnet_has_one_grid_per_scale():
     assert sorted(n for n in stands.values() if n > 1) == [2, 5, 5]
 
 
+@pytest.mark.parametrize("activation, u8s8", [(8, {"input_1", "0", "1"}), (4, {"input_1", "1"})])
+def test_what_a_relu6_reads_is_rounded_at_8_bits_only(activation, u8s8):
+    stage = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6())
+    assert rounded(placed(stage, widths=Widths(4, activation)).model.stages[0]) == u8s8
+    assert rounded(placed(stage, target="s8s8", widths=Widths(4, activation)).model.stages[0]) == {"input_1", "1"}
+    both = placed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardtanh()), widths=Widths(4, activation))
+    assert rounded(both.model.stages[0]) == {"input_1", "0", "1"}  # it keeps negative values: no ReLU
+
+
+def test_a_relu6_is_learned_with_its_layer():
+    model, x = AnytimeModel([nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6())], [nn.Flatten()]), torch.randn(8, 3, 5, 5)
+    net = calibrated(quantized(model, Widths(4, 4), "u8s8"), x)
+    _, (stage,) = partition(net, traced(model), "layer", with_exits=False)
+    assert [[op.node.name for op in u.ops] for u in stage.units if u.layers] == [["_0", "_1", "quant__1"]]
+
+
 # BatchNorm left where it is ------------------------------------------------------------------------------------
 
 
@@ -342,6 +461,44 @@ def test_the_first_layer_and_each_heads_last_one_are_at_the_edge():
     assert bits["heads.1.0"] == bits["stages.2.0"] == (4, 4) and bits["heads.0.2"] == (8, 8)
     assert set(quantized(tiny(), Widths(4, 4, edge=4), "u8s8").bits.values()) == {Bits(4, 4)}
     assert set(quantized(tiny(), Widths(8, 8, edge=2), "u8s8").bits.values()) == {Bits(8, 8)}  # never under the others
+
+
+def test_all_layers_that_read_the_image_are_at_the_edge_in_whichever_link_they_are():
+    def fork(m, x):
+        return m.conv(x) + m.other(torch.relu(m.conv(x)))
+
+    def head(*more):
+        return nn.Sequential(*more, nn.Flatten(), nn.LazyLinear(3), nn.LazyLinear(3))
+
+    model = AnytimeModel(
+        [nn.Sequential(nn.BatchNorm2d(4), nn.AvgPool2d(2)), Call(fork), nn.Sequential(nn.Conv2d(4, 4, 1))],
+        [head(nn.Conv2d(4, 4, 1)), head(), head()],
+    )
+    model(torch.randn(2, 4, 8, 8))
+    bits = quantized(model, Widths(4, 4, 8, 8), "u8s8").bits
+    first = {"heads.0.0", "stages.1.conv", "stages.1.conv_again"}
+    assert {p for p, b in bits.items() if b.weight == 8} == first | {"heads.0.3", "heads.1.2", "heads.2.2"}
+    assert bits["stages.1.other"] == bits["stages.2.0"] == (4, 4)
+
+
+def test_each_call_of_a_layer_has_its_own_bits_and_bias_grid():
+    """Called on the image at 8 bits and on a ReLU; once, the last call's grid was that of both."""
+    model = AnytimeModel(
+        [nn.Sequential(nn.Conv2d(4, 4, 1)), Call(lambda m, x: m.conv(torch.relu(m.conv(x))) + x)], [nn.Flatten()] * 2
+    )
+    x = torch.randn(16, 4, 4, 4)
+    net = calibrated(quantized(model, Widths(4, 4, 8, 8), "u8s8"), x)
+    assert net.bits["stages.1.conv"] == net.bits["stages.1.conv_again"] == (4, 4)
+    net.freeze(round_bias=True)
+    held = {}
+    for path, layer in net.layers():
+        layer.register_forward_pre_hook(lambda _m, args, path=path: held.__setitem__(path, args[0]))
+    net.model(x)
+    for path, layer in net.layers():
+        q = net.sources[path]
+        steps = layer.bias / (q.scale * layer.weight_scale)
+        assert torch.allclose(steps, steps.round(), atol=1e-3)
+        assert len(held[path].unique()) <= 2**q.bits and torch.equal(q(held[path]), held[path])
 
 
 def test_stages_that_restart_each_have_a_first_layer_and_round_the_image():

@@ -1,6 +1,6 @@
 """Keys, plain forms and overrides."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import pytest

@@ -37,7 +37,7 @@ class MixedPrecision(Backend):
     calibrated on those calib samples that reach it. ``weigh`` False then still chooses as the plain form does, while calibration
     and what ``bops`` limits go by ``reach``: the two sides of an ablation at equal expected BOPs. Once bits are chosen, ``rounding``
     other than to nearest is learned in ``iterations`` a unit, as PTQ does, on the samples that calibrate (anytime/rounding.py).
-    ``edge_bits``: the first layer and each head's last one, fixed where no candidate is wider, chosen too where none is
+    ``edge_bits``: layers that read the image and each head's last one, fixed where no candidate is wider, chosen too where none is
     narrower. ``add_bits``: tensors that an addition or a pooling reads too; layers that want fewer round them once more.
     Source: this project; sensitivities and program as quant/search.py says.
     """

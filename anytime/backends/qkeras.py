@@ -32,8 +32,9 @@ from anytime.keras_layers import (
 from anytime.model import AnytimeModel
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, Settled, per_channel
 from anytime.quant.graph import Quantized, Widths, quantized
+from anytime.quant.nodes import conv_before, is_relu, module_of
 from anytime.quant.ranges import Grid, Histogram
-from anytime.quant.trace import conv_before, drop_node, is_relu, links, module_of, tidy
+from anytime.quant.trace import drop_node, links, tidy
 from anytime.spec import key
 from anytime.tf import missing, tensorflow
 from anytime.train import TUNE_LR_SCALE, Trainer

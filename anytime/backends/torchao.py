@@ -24,7 +24,8 @@ from anytime.dataset import Part
 from anytime.errors import AnytimeError, Unsupported
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel, State
-from anytime.quant.trace import links, module_of, traced
+from anytime.quant.nodes import module_of
+from anytime.quant.trace import links, traced
 from anytime.train import Trainer
 
 Program = tuple[bytes, dict[str, Bits]]  # an exported program, and the layers that multiply integers in it

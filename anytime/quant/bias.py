@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
 from anytime.quant.graph import Quantized
-from anytime.quant.trace import module_of
+from anytime.quant.nodes import module_of
 
 LAYERS = (nn.Conv2d, nn.Linear)
 Visit = Callable[[str, Any, list[Tensor]], None]  # a layer's name in its link, the layer, its output for every batch
@@ -24,9 +23,9 @@ def correct_bias(net: Quantized, model: AnytimeModel, x: Tensor, reached: Tensor
 
     ``model``: the float chain that ``net``, calibrated, was made of. Over x [N, C, H, W] and space, from front to back, in
     stages and heads, each layer reading what the already corrected ones before it make; layers kept in float too. A layer
-    without a bias gets one; one that is called more than once is left alone. ``reached`` [N]: the last stage that each
-    sample enters; a stage is corrected on the samples that reach it. Every layer is run once on all of x, so that a few
-    tensors of all x are held at a time. Unsupported without samples, and for the chain of another network.
+    without a bias gets one. ``reached`` [N]: the last stage that each sample enters; a stage is corrected on the samples that
+    reach it. Every layer is run once on all of x, so that a few tensors of all x are held at a time. Unsupported without
+    samples, and for the chain of another network.
     Source: Nagel, van Baalen, Blankevoort, Welling, ICCV 2019, arXiv:1906.04721, section 4.2 (which speaks of weights; here
     activations are rounded too while it measures) and appendix D, "Empirical quantization bias correction".
     """
@@ -119,7 +118,6 @@ def _run(g: nn.Module, states: list[Any], visit: Visit) -> list[Any]:
     """Run a link node by node, each on all batches before the next; show ``visit`` what each layer made."""
     assert isinstance(g, fx.GraphModule)
     interpreter = fx.Interpreter(g)
-    calls = Counter(node.target for node in g.graph.nodes)
     held: dict[fx.Node, list[Any]] = {}
     for node in g.graph.nodes:
         if node.op == "placeholder":
@@ -129,7 +127,7 @@ def _run(g: nn.Module, states: list[Any], visit: Visit) -> list[Any]:
         else:
             held[node] = [_call(interpreter, node, held, i) for i in range(len(states))]
         layer = module_of(g, node)
-        if isinstance(layer, LAYERS) and calls[node.target] == 1 and states:
+        if isinstance(layer, LAYERS) and states:
             visit(str(node.target), layer, held[node])
         for done in interpreter.user_to_last_uses.get(node, ()):
             del held[done]

@@ -134,7 +134,9 @@ def _compared(
     reference, logits = (torch.cat(list(each), 1).numpy() for each in zip(*said, strict=True))
     for k, z in enumerate(reference):
         if not np.isfinite(z).all():
-            raise Unsupported(f"the float network answers NaN or infinity at exit {k + 1}: it is broken on its calibration images")
+            raise Unsupported(
+                f"the float network answers NaN or infinity at exit {k + 1}: it is broken on its calibration images"
+            )
     return reference, logits, {path: _decibels(signal[path], noise[path]) for path in signal}
 
 

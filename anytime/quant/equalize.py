@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from operator import getitem
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +13,9 @@ from anytime.errors import Unsupported
 from anytime.layers import MixedPool2d, ZeroPadShortcut
 from anytime.model import AnytimeModel
 from anytime.quant.fake import FakeQuant
+from anytime.quant.nodes import is_add, is_relu, module_of
 from anytime.quant.place import asks_shape
-from anytime.quant.trace import is_add, is_relu, links, module_of
+from anytime.quant.trace import links
 
 # f(s x) = s f(x) for s > 0, value by value, or each channel of a map by itself (MixedPool2d: a sum of two such).
 POINTWISE = (nn.Dropout, nn.Identity, F.dropout, "contiguous", "detach")  # and ReLU
@@ -108,7 +108,6 @@ class _Flow:
 
     def _link(self, g: fx.GraphModule, path: str, state: Any) -> Any:
         """Follow one link; answer what it returns."""
-        self._calls = Counter(id(m.weight) for n in g.graph.nodes if (m := _layer_of(g, n)) is not None)
         held: dict[fx.Node, Any] = {}
         for node in g.graph.nodes:
             if node.op == "placeholder":
@@ -148,9 +147,6 @@ class _Flow:
     def _layer(self, layer: nn.Conv2d | nn.Linear, where: str, value: Any) -> _Value | None:
         """Note that a layer reads a tensor; answer what it writes."""
         linear = isinstance(layer, nn.Linear)
-        if self._calls[id(layer.weight)] > 1:
-            self._refuse(value, f"is read by a layer that is called more than once ({where})")
-            return None
         size = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         if isinstance(value, _Value) and _fits(value, size, linear):
             block = torch.arange(size // value.width)  # the features of one channel of a flattened map

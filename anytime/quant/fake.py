@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from anytime.errors import Unsupported
 from anytime.quant.ranges import Grid, Histogram
 
 
@@ -140,6 +141,8 @@ class FakeQuant(nn.Module):
                 return self.learner(x)  # type: ignore[no-any-return]
             return Straight.apply(x.float(), self.grid)  # type: ignore[no-any-return, no-untyped-call]
         if self.mode != "off":
+            if not isinstance(x, Tensor):
+                raise Unsupported(f"{self.name} gives {type(x).__name__}, not one tensor: no quantizer knows it")
             assert self.seen is not None
             (self.seen.see_extremes if self.mode == "extremes" else self.seen.see_values)(x)
         return x

@@ -12,10 +12,11 @@ from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
 from anytime.quant.bits import Bits, Target
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, Settled, per_channel
+from anytime.quant.nodes import conv_before, module_of
 from anytime.quant.place import Placement, uncovered
 from anytime.quant.place import Widths as Widths
 from anytime.quant.ranges import NEEDS_VALUES, Histogram, Observer, activation_grid, weight_scales
-from anytime.quant.trace import conv_before, drop_node, links, module_of, tidy, traced
+from anytime.quant.trace import drop_node, links, tidy, traced
 
 Calibration = dict[str, Histogram]  # name of a tensor -> what was seen of it
 MOST_BIAS = 2.0**30  # integers of a bias: half of what int32 holds, so that what is added to it has room

@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from anytime.model import AnytimeModel, Segment
 from anytime.quant import onnx_ops
 from anytime.quant.fake import FakeQuant
+from anytime.quant.nodes import PASS_CALLS, PASS_METHODS, PASS_MODULES
 from anytime.quant.onnx_writer import Q, Value, Writer, integer_type
-from anytime.quant.trace import PASS_CALLS, PASS_METHODS, PASS_MODULES
 
 OPSET, IR = 13, 7
 

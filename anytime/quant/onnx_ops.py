@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from anytime.errors import Unsupported
 from anytime.layers import MixedPool2d, ZeroPadShortcut
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear
+from anytime.quant.nodes import PASS_MODULES
 from anytime.quant.onnx_writer import Value, Writer
-from anytime.quant.trace import PASS_MODULES
 
 
 def module(w: Writer, m: nn.Module, name: str, x: Value, int_bias: bool) -> Value:

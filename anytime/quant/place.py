@@ -9,28 +9,34 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from anytime.errors import Unsupported, UsageError, near
 from anytime.model import AnytimeModel
 from anytime.quant.bits import Bits, Target
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, QuantizedLayer
-from anytime.quant.trace import conv_before, is_add, is_relu, links, module_of, output_nodes, passes
+from anytime.quant.nodes import conv_before, is_add, is_relu, module_of, name_of, output_nodes, passes
+from anytime.quant.trace import links
 
-MULTIPLIERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
-MULTIPLYING_CALLS = (
-    *(F.conv1d, F.conv2d, F.conv3d, F.linear, F.bilinear),
-    *(torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.einsum),
+# Functions and methods that multiply as a layer does, by name, as torch's autocast and its FLOP counter know them. Modules
+# need no list: they multiply where they have a parameter of two dimensions or more, but for those that scale each value.
+MULTIPLYING = (
+    *("matmul", "mm", "bmm", "mv", "dot", "vdot", "vecdot", "inner", "addmm", "addmv", "addbmm", "baddbmm", "chain_matmul"),
+    *("multi_dot", "matrix_power", "einsum", "tensordot", "linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_tbc"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "scaled_dot_product_attention"),
+    *("multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell"),
+    "rnn_relu_cell",
 )
+SCALING = (nn.LayerNorm, nn.RMSNorm)
+MOVING = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "stack", "squeeze", "unsqueeze")
 
 
 @dataclass(frozen=True)
 class Widths:
     """Bits of weights and activations.
 
-    ``edge``: those of the first layer and of each head's last one. ``add``: those of a tensor that something other than a
-    layer reads too (an addition, a pooling); layers that want fewer bits of it read it rounded once more. 0: as
-    ``activation``, and every reader shares one quantizer. ``layers``: path -> bits of single layers.
+    ``edge``: those of the layers that read the image, pooled or normalised perhaps, and of each head's last one. ``add``: those
+    of a tensor that something other than a layer reads too (an addition, a pooling); layers that want fewer bits of it read it
+    rounded once more. 0: as ``activation``, and every reader shares one quantizer. ``layers``: path -> bits of single layers.
     """
 
     weight: int
@@ -79,22 +85,21 @@ class Placement:
         self._tied: list[list[FakeQuant]] = []
         self._reads: list[tuple[fx.GraphModule, fx.Node, str, int]] = []  # every layer: its link, node, path, wanted bits
         state: Any = None  # quantizer of the state, or a tuple of them; None: the input, not yet rounded
-        first = _first_layer(model, 0)
+        self._edges = _first_layers(model)
         for k in range(model.n_exits):
-            if model.restarts:
-                state, first = None, _first_layer(model, k)
-            state = self._link(model.stages[k], f"stages.{k}", state, first, head=False)
-            self._link(model.heads[k], f"heads.{k}", state, first, head=True)
+            state = self._link(model.stages[k], f"stages.{k}", None if model.restarts else state, head=False)
+            self._link(model.heads[k], f"heads.{k}", state, head=True)
         self._tie(model)
         self._size()
         for _, link in links(model):
             link.recompile()
 
-    def _link(self, g: nn.Module, path: str, state: Any, first: str, head: bool) -> Any:
+    def _link(self, g: nn.Module, path: str, state: Any, head: bool) -> Any:
         """Put quantizers into one link; answer the quantizers of its output."""
         assert isinstance(g, fx.GraphModule)
-        edges = {first, _last_layer(g, path) if head else ""}
+        edges = self._edges | {_last_layer(g, path) if head else ""}
         held: dict[fx.Node, Any] = {}
+        numbers: set[fx.Node] = set()
         outputs = output_nodes(g.graph)
 
         def put_after(node: fx.Node) -> None:
@@ -112,8 +117,10 @@ class Placement:
                 held[node] = state
                 if state is None:
                     put_after(node)
-            elif node.op == "get_attr" or asks_shape(node):
+            elif node.op == "get_attr" or asks_shape(node) or (node.all_input_nodes and numbers.issuperset(node.all_input_nodes)):
                 held[node] = None
+                if node.op != "get_attr":
+                    numbers.add(node)  # of a shape, and what is made of such
             elif node.op == "output":
                 continue
             elif node.op == "call_function" and node.target is getitem:
@@ -125,6 +132,11 @@ class Placement:
                 held[node] = self._concatenate([held.get(n) for n in node.all_input_nodes])
             else:
                 self._read(g, node, path, edges, held)
+                if _gives_several(g, node):
+                    raise Unsupported(
+                        f"{path}.{node.target if node.op == 'call_module' else node.name} gives several tensors, which no quantizer "
+                        "here knows; only chunk, split and unbind may"
+                    )
                 if not self._stays_float(g, node, outputs, head):
                     put_after(node)
         result: Any = g.graph.output_node().args[0]
@@ -162,9 +174,10 @@ class Placement:
             reader = next(iter(reader.users))
         if is_relu(g, reader) or conv_before(g, reader) is node:
             return True
-        if self.target == "u8s8":
-            return False
-        return isinstance(module_of(g, reader), nn.Hardtanh) or (is_add(user) and (is_add(node) or _main_branch(g, node, user)))
+        bounds = module_of(g, reader)
+        if self.target == "u8s8":  # at 8 bits rounding twice costs little, and records depend on it; below, 6 dB
+            return isinstance(bounds, nn.Hardtanh) and bounds.min_val == 0 and self.widths.activation < 8
+        return isinstance(bounds, nn.Hardtanh) or (is_add(user) and (is_add(node) or _main_branch(g, node, user)))
 
     def _concatenate(self, parts: list[Any]) -> Any:
         self._tied.append([q for q in parts if isinstance(q, FakeQuant)])
@@ -240,9 +253,27 @@ def tensorrt_exclusions(model: AnytimeModel) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _first_layer(model: AnytimeModel, k: int) -> str:
-    layers = _layers(model.stages[k])
-    return f"stages.{k}.{layers[0]}" if layers else ""
+def _first_layers(model: AnytimeModel) -> set[str]:
+    """Paths of the layers that read the image, or what was made of it without a layer."""
+    found: set[str] = set()
+    state: Any = True  # whether it is the image; for a state of several tensors a tuple
+    for path, g in links(model):
+        held: dict[fx.Node, Any] = {}
+        for node in g.graph.nodes:
+            read = [held[n] for n in node.all_input_nodes]
+            layer = isinstance(module_of(g, node), nn.Conv2d | nn.Linear)
+            if node.op == "placeholder":
+                held[node] = state if path.startswith("heads") or not model.restarts else True
+            elif node.target is getitem and isinstance(read[0], tuple):
+                held[node] = read[0][node.args[1]]
+            else:
+                image = all(r is True for r in read)
+                found |= {f"{path}.{node.target}"} if layer and image else set()
+                held[node] = image and not layer
+        if path.startswith("stages"):
+            state = fx.node.map_arg(g.graph.output_node().args[0], held.__getitem__)
+            state = tuple(state) if isinstance(state, list) else state
+    return found
 
 
 def _last_layer(g: fx.GraphModule, path: str) -> str:
@@ -285,6 +316,16 @@ def asks_shape(node: fx.Node) -> bool:
     return (node.op == "call_method" and node.target in ("size", "dim")) or node.target is getattr
 
 
+def _gives_several(g: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether what a node makes is a tuple: the module is known for it, or its items are read. (The batch's items never are.)"""
+    if isinstance(module_of(g, node), nn.RNNBase | nn.LSTMCell | nn.MultiheadAttention):
+        return True
+    reads = [user.args[1] for user in node.users if user.target in (getitem, getattr)]
+    return any(isinstance(i, int) or i in ("values", "indices") for i in reads) and not (
+        node.op != "call_module" and name_of(node) in MOVING
+    )
+
+
 def uncovered(model: AnytimeModel, sources: Mapping[str, FakeQuant]) -> Iterator[tuple[str, str]]:
     """(layer path, why) of every layer that multiplies without calibrated quantizers."""
     for path, g in links(model):
@@ -296,9 +337,7 @@ def uncovered(model: AnytimeModel, sources: Mapping[str, FakeQuant]) -> Iterator
                     yield name, "its input has no calibrated quantizer"
                 elif not bool(torch.isfinite(layer.weight_scale).all()):
                     yield name, "its weight is not calibrated"
-            elif isinstance(layer, MULTIPLIERS):
+            elif layer is not None and not isinstance(layer, SCALING) and any(p.ndim >= 2 for p in layer.parameters()):
                 yield name, f"no quantizer for {type(layer).__name__}"
-            elif node.op == "call_function" and node.target in MULTIPLYING_CALLS:
-                yield name, f"no quantizer for the function {node.target.__name__}"
-            elif node.op == "call_method" and node.target in ("matmul", "bmm", "mm", "addmm"):
-                yield name, f"no quantizer for the method {node.target}"
+            elif node.op in ("call_function", "call_method") and name_of(node) in MULTIPLYING:
+                yield name, f"no quantizer for the {node.op.removeprefix('call_')} {name_of(node)}"

@@ -148,7 +148,7 @@ def _learn(
     unit: Unit, caches: tuple[Values, Values, Values], weigh: dict[fx.Node, float], how: Reconstruction,
     generator: torch.Generator, settled: set[nn.Module], tell: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Learn and settle one unit; what an earlier one settled (a grid that tensors share, a layer called twice) stays."""
+    """Learn and settle one unit; what an earlier one settled (a grid that tensors share) stays."""
     rounded, floats, targets = caches
     modules = dict.fromkeys(op.rounded for op in unit.ops if isinstance(op.rounded, FakeQuant | QuantizedLayer))
     weights: list[AdaRoundWeight] = []

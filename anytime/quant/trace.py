@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from operator import add
+from operator import getitem
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from anytime.errors import Unsupported
 from anytime.layers import MixedPool2d, SlicedConv2d, ZeroPadShortcut
 from anytime.model import AnytimeModel
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear
+from anytime.quant.inplace import out_of_place
+from anytime.quant.nodes import conv_before, module_of, splits
 
-# Operations that only choose or move values: their output lies on the grid of their input.
-PASS_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Dropout, nn.Identity, ZeroPadShortcut)  # 0 is on every grid
-PASS_CALLS = (torch.flatten, F.max_pool2d, F.dropout)
-PASS_METHODS = ("flatten", "view", "reshape", "contiguous", "detach")
-ADD_CALLS = (add, torch.add)
 LEAVES = (nn.LocalResponseNorm, MixedPool2d, ZeroPadShortcut, FakeQuant, QConv2d, QLinear)
 
 
@@ -32,13 +27,21 @@ class LinkTracer(fx.Tracer):
 
 
 def trace(link: nn.Module, path: str) -> fx.GraphModule:
-    """Graph of one link; submodules keep their paths. Unsupported when its Python depends on values."""
+    """Graph of one link; submodules keep their paths, a link that is a single layer is called "0".
+
+    Unsupported when its Python depends on values.
+    """
     if isinstance(link, fx.GraphModule):
         return link
     try:
+        if LinkTracer().is_leaf_module(link, ""):
+            link = nn.Sequential(link).train(link.training)  # else it would be traced into, to a function
         graph = LinkTracer().trace(link)
         for node in graph.nodes:
             node.type = None  # an annotation may be a string, with which a graph cannot be pickled
+        for node in reversed(list(graph.nodes)):
+            if node.target is getitem and splits(node.args[0]):
+                node.args[0].append(node)  # no unit ends on a tuple
         return fx.GraphModule(link, graph, type(link).__name__)
     except Exception as error:
         raise Unsupported(f"{path} cannot be traced ({str(error).splitlines()[0]}): a link must be a static graph") from error
@@ -47,12 +50,16 @@ def trace(link: nn.Module, path: str) -> fx.GraphModule:
 def traced(model: AnytimeModel, fold_bn: bool = True) -> AnytimeModel:
     """A copy in eval mode whose links are graphs, with BatchNorm folded into the convolution before it.
 
-    No two links share weights in it: each is folded and rounded by itself.
+    No two calls share weights in it, in one link or in two: each is folded and rounded by itself, on the grid of what it
+    reads. A layer's second call is a layer "conv_again" of its own, which training (QAT) moves apart from the first.
+    Nothing works in place, so that what is kept of a tensor stays as it was; Unsupported where that would change the result.
     """
     model = copy.deepcopy(model).eval()
     for path, chain in (("stages", model.stages), ("heads", model.heads)):
         for k in range(len(chain)):
             link = trace(_unshared(chain[k]), f"{path}.{k}")
+            out_of_place(link, f"{path}.{k}")
+            _apart(link)
             chain[k] = _fold_bn(link) if fold_bn else link
     return model
 
@@ -62,53 +69,6 @@ def links(model: AnytimeModel) -> Iterator[tuple[str, fx.GraphModule]]:
     for k, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
         yield f"stages.{k}", stage  # type: ignore[misc]
         yield f"heads.{k}", head  # type: ignore[misc]
-
-
-def module_of(g: fx.GraphModule, node: object) -> nn.Module | None:
-    """The module that a node calls; None for every other node."""
-    return g.get_submodule(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
-
-
-def passes(g: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node only chooses or moves values of its first argument."""
-    if node.op == "call_module":
-        return isinstance(module_of(g, node), PASS_MODULES)
-    return (node.op == "call_function" and node.target in PASS_CALLS) or (
-        node.op == "call_method" and node.target in PASS_METHODS
-    )
-
-
-def is_relu(g: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a ReLU in any of its three forms."""
-    return (
-        isinstance(module_of(g, node), nn.ReLU)
-        or (node.op == "call_function" and node.target in (torch.relu, F.relu))
-        or (node.op == "call_method" and node.target == "relu")
-    )
-
-
-def is_add(node: fx.Node) -> bool:
-    """Whether a node adds two tensors."""
-    return (node.op == "call_function" and node.target in ADD_CALLS) or (node.op == "call_method" and node.target == "add")
-
-
-def output_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """What a link returns."""
-    result = graph.output_node().args[0]
-    return set(result) if isinstance(result, tuple | list) else {result}  # type: ignore[arg-type]
-
-
-def conv_before(g: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The convolution whose output this BatchNorm alone reads, so that it can be folded into it; else None."""
-    if not isinstance(module_of(g, node), nn.BatchNorm2d):
-        return None
-    source = node.args[0]
-    while isinstance(source, fx.Node) and isinstance(module_of(g, source), nn.Dropout) and len(source.users) == 1:
-        source = source.args[0]  # the identity, where BatchNorm is folded
-    if not isinstance(source, fx.Node) or not isinstance(module_of(g, source), nn.Conv2d):
-        return None
-    calls = [n for n in g.graph.nodes if n.op == "call_module" and n.target == source.target]
-    return source if len(source.users) == 1 and len(calls) == 1 else None
 
 
 def drop_node(g: fx.GraphModule, node: fx.Node, instead: fx.Node) -> None:
@@ -131,6 +91,27 @@ def _unshared(link: nn.Module) -> nn.Module:
         if isinstance(m, SlicedConv2d):
             link.set_submodule(name, m.plain())
     return link
+
+
+def _apart(g: fx.GraphModule) -> None:
+    """Give every call a module whose parameters and buffers no call before it has; quantizers stay shared."""
+    taken = {str(n.target) for n in g.graph.nodes if n.op == "call_module"}
+    called: set[str] = set()
+    seen: set[int] = set()
+    for node in g.graph.nodes:
+        module = module_of(g, node)
+        if module is None or isinstance(module, FakeQuant):
+            continue
+        name = str(node.target)
+        if not seen.isdisjoint(map(id, (*module.parameters(), *module.buffers()))):
+            module = copy.deepcopy(module)
+            while name in called or (name != node.target and name in taken):
+                name += "_again"
+            g.add_submodule(name, module)
+            node.target = name
+        called.add(name)
+        seen.update(map(id, (*module.parameters(), *module.buffers())))
+    g.recompile()
 
 
 def _fold_bn(g: fx.GraphModule) -> fx.GraphModule:

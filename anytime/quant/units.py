@@ -12,7 +12,8 @@ from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
 from anytime.quant.fake import FakeQuant, QuantizedLayer
 from anytime.quant.graph import Quantized
-from anytime.quant.trace import is_relu, links, module_of
+from anytime.quant.nodes import is_relu, module_of
+from anytime.quant.trace import links
 
 MOST_LAYERS = 6  # of one unit; a longer piece that no single tensor cuts is learned layer by layer
 Granularity = Literal["layer", "block"]
@@ -60,8 +61,8 @@ class Stage(NamedTuple):
 def partition(net: Quantized, model: AnytimeModel, unit: Granularity, with_exits: bool) -> tuple[fx.Node, list[Stage]]:
     """The name of the chain's input, and every stage's units; ``model`` is the traced float chain that ``net`` was made of.
 
-    "layer": each layer by itself, with its BatchNorm, its ReLU and the quantizer behind them. "block": a link is cut wherever
-    everything goes through one tensor, and what has no layer belongs to the layer before it: a residual block is one unit. A
+    "layer": each layer by itself, with its BatchNorm, its ReLU (or ReLU6) and the quantizer behind them. "block": a link is cut
+    wherever everything goes through one tensor, and what has no layer belongs to the layer before it: a residual block is one unit. A
     piece of more than six layers between two cuts (dense connections, states of several tensors) is learned layer by layer,
     each with what leads to it. A head's units follow those of its stage; ``with_exits``: the last of these that it reads knows
     the head.
@@ -180,7 +181,7 @@ def _layerwise(ops: list[Op], state: Set[fx.Node], alone: bool) -> list[list[Op]
 
 
 def _fuses(op: Op) -> bool:
-    return isinstance(op.rounded, FakeQuant | nn.BatchNorm2d) or is_relu(op.node.graph.owning_module, op.node)  # type: ignore[arg-type]
+    return isinstance(op.rounded, FakeQuant | nn.BatchNorm2d | nn.Hardtanh) or is_relu(op.node.graph.owning_module, op.node)  # type: ignore[arg-type]
 
 
 def _n_layers(ops: Iterable[Op]) -> int:
