@@ -101,3 +101,4 @@ def test_shares_are_shares(field, value):
 
 def test_columns():
     assert QAT().column == "INT8 QAT" and QAT(4, 8, learns="lsq").column == "W4A8 QAT (LSQ)" and PTQ(4, 4).column == "INT4 PTQ"
+    assert QAT(teach=0.5).column == "INT8 QAT (taught)" and QAT(2, 2, learns="lsq", teach=0.5).column == "INT2 QAT (LSQ, taught)"

@@ -55,7 +55,8 @@ class QAT(IntegerBackend):
 
     @property
     def column(self) -> str:
-        return super().column if self.learns == "ste" else f"{super().column} ({_NAMES[self.learns]})"
+        said = [*([_NAMES[self.learns]] if self.learns != "ste" else []), *(["taught"] if self.teach else [])]
+        return f"{super().column} ({', '.join(said)})" if said else super().column
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         left_out = self.exclusions(traced(model), target)
