@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from anytime.config import Experiment
-from anytime.facts import Fact, facts_of, state
-from anytime.record import Record, load, newest
+from anytime.facts import facts_of, state
+from anytime.pace import estimate, seconds
+from anytime.record import load, newest
 from anytime.spec import Spec
 
 
@@ -48,7 +48,7 @@ def listing(exp: Experiment, results: Path) -> Listing:
     """What ``exp`` asks for and what is there of it; nothing is run."""
     loaded = load(results / "records")
     known = newest([item for item in loaded.records if item[0].exp == exp.name])
-    took = _seconds([r for r, _ in loaded.records])
+    took = seconds(r for r, _ in loaded.records)
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     left: list[float | None] = []
     for fact in facts_of(exp):
@@ -62,7 +62,7 @@ def listing(exp: Experiment, results: Path) -> Listing:
         line["facts"][what] += 1
         line["reason"] = reason or line["reason"]
         if what in ("todo", "fail"):
-            left.append(_estimate(fact, took))
+            left.append(estimate(fact, took))
     said = list(lines.values())
     total = {what: sum(line["facts"][what] for line in said) for what in ("done", "todo", "skip", "fail")}
     known_s = [s for s in left if s is not None]
@@ -88,30 +88,3 @@ def _specs(value: object) -> Iterator[Spec]:
     elif isinstance(value, tuple):
         for item in value:
             yield from _specs(item)
-
-
-def _seconds(records: list[Record]) -> dict[tuple[str, ...], float]:
-    """Median wall time of eval records by (data set, model, kind of backend, backend), and by coarser names where that was never run."""
-    seen: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for r in records:
-        wall = r.facts.get("wall_s", {})
-        if r.kind != "eval" or "all" not in wall:
-            continue
-        names = _names(r.facts["dataset"], r.facts["model"], r.facts["backend"])
-        for n in range(1, len(names) + 1):
-            seen[names[:n]].append(wall["all"])
-    return {name: median(values) for name, values in seen.items()}
-
-
-def _names(data: str, model: str, backend: str) -> tuple[str, ...]:
-    # By its classes: a QAT at other bits takes as long, one of the many PTQ of the same network a hundredth.
-    return (data, model, " ".join(re.findall(r"\b[A-Z]\w*", backend)), backend)
-
-
-def _estimate(fact: Fact, took: dict[tuple[str, ...], float]) -> float | None:
-    if fact.of == "decide":
-        return 0.2
-    if fact.of in ("measure", "replay"):
-        return 2.0
-    names = _names(fact.cell.data.label, fact.cell.model.label, fact.cell.backend.label)
-    return next((took[names[:n]] for n in range(len(names), 0, -1) if names[:n] in took), None)

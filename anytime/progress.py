@@ -36,14 +36,16 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bars.stop()
 
-    def step(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` of the step ``what``."""
+    def step(self, what: str, done: int, total: int, left_s: float | None = None) -> None:
+        """``done`` of ``total`` of the step ``what``; ``left_s`` seconds are left, or by default as many as its pace says."""
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total), monotonic()
         task, began = self._tasks[what]
         self._bars.update(task, completed=done, total=total)
         took = monotonic() - began
-        self._left[what] = f"{what}: {done} of {total}" + (f", {span(took / done * (total - done))} left" if done else "")
+        if left_s is None and done:
+            left_s = took / done * (total - done)
+        self._left[what] = f"{what}: {done} of {total}" + ("" if left_s is None else f", {span(left_s)} left")
         if self._lines and monotonic() - self._said > QUIET_S:
             print("; ".join(self._left.values()), file=sys.stderr, flush=True)
             self._said = monotonic()

@@ -26,6 +26,7 @@ from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unreachabl
 from anytime.facts import Fact, facts_of, reference_cell, state
 from anytime.files import write_atomically
 from anytime.metrics import Floats, Predictions
+from anytime.pace import Pace
 from anytime.policy import Policy
 from anytime.record import Kind, Record, append, load, newest, now
 from anytime.scoring import (
@@ -69,7 +70,7 @@ class Runner:
         self.known = self._records()
         self.decider = Decider(self.exp, self.shop, lambda fact: self.known[fact][0] if fact in self.known else None)
         self.session = uuid4().hex[:8]  # measurements of one run, between which a ratio is fair
-        self.n_done, self.n_todo = 0, 0
+        self.pace: Pace | None = None  # of the run that is under way
 
     def _records(self) -> dict[str, tuple[Record, Path]]:
         loaded = load(self.root, self.exp.name)
@@ -151,8 +152,8 @@ class Runner:
         if todo:
             write_atomically(self.root / self.exp.name / "writable", b"")  # better now than after an hour
             (self.root / self.exp.name / "writable").unlink()
-            self.n_done, self.n_todo = 0, len(todo)
-            self._count(0)
+            self.pace = Pace(todo, (r for r, _ in load(self.root).records))
+            self._count([])
         predicting = [f for f in todo if f.of == "eval" or (f.of == "decide" and self.exp.currency != "ms")]
         groups: dict[str, list[Fact]] = defaultdict(list)
         for fact in predicting:
@@ -176,17 +177,17 @@ class Runner:
             self.shop.forget()
             self.decider.forget()
         if todo:
-            self.progress(self.exp.name, self.n_todo, self.n_todo)
+            self.progress(self.exp.name, len(todo), len(todo))
         if self._force.exists():
             self._force.unlink()
         for error in self.unreadable.values():
             raise error
 
-    def _count(self, n: int) -> None:
-        """Say that ``n`` facts more are there; the last one is said by ``run``, for some share the fate of others."""
-        self.n_done = min(self.n_done + n, self.n_todo - 1)
-        if self.n_todo:
-            self.progress(self.exp.name, self.n_done, self.n_todo)
+    def _count(self, facts: Sequence[Fact]) -> None:
+        """Say that ``facts`` are there too; the last one is said by ``run``, for some share the fate of others."""
+        if self.pace is not None:
+            n_done, left_s = self.pace.done(facts)
+            self.progress(self.exp.name, min(n_done, self.pace.n - 1), self.pace.n, left_s)
 
     def _of_readable(self, data: DatasetSpec, work: Callable[[], Any]) -> None:
         if data not in self.unreadable:
@@ -208,7 +209,7 @@ class Runner:
             futures = {pool.submit(_group, self.exp, self.results, facts, threads, self.debug): facts for facts in groups}
             for done in as_completed(futures):
                 self._of_readable(futures[done][0].cell.data, lambda done=done: self._say_all(done.result()))  # type: ignore[misc]
-                self._count(len(futures[done]))
+                self._count(futures[done])
         self.known = self._records()
 
     def _say_all(self, lines: Sequence[str]) -> None:
@@ -397,7 +398,7 @@ class Runner:
         )  # fmt: skip
         path = append(record, self.root, attachments)
         self.known[fact.name] = (record, path)
-        self._count(1)
+        self._count([fact])
         if kind in ("skip", "fail"):
             where = f" on {fact.board.name}" if fact.board else ""
             line = f"{kind}: {cell.model.label}, {cell.backend.label}{where}, {fact.of}: {reason}"

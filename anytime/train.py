@@ -25,12 +25,17 @@ from anytime.osgd import OSGD
 from anytime.spec import Spec
 from anytime.weights import load_weights, save_weights
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
 TUNE_LR_SCALE = 0.1  # of the recipe's learning rate, wherever a trained network is trained on
 PER_BATCH_SCHEDULES = ("OneCycleLR", "CyclicLR")
 
 
-def silent(what: str, done: int, total: int) -> None:
+class Progress(Protocol):
+    """Is told that ``done`` of ``total`` steps of ``what`` are done, and the seconds left where steps are too unlike to tell."""
+
+    def __call__(self, what: str, done: int, total: int, left_s: float | None = None) -> None: ...
+
+
+def silent(what: str, done: int, total: int, left_s: float | None = None) -> None:
     """A Progress that shows nothing."""
 
 

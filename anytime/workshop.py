@@ -87,7 +87,7 @@ class Workshop:
         # The content too: a user's own folder may change under the same name.
         name = key(("training", data, model, recipe, train_seed, seed, parts.train.digest))
 
-        def say(what: str, done: int, total: int) -> None:
+        def say(what: str, done: int, total: int, left_s: float | None = None) -> None:
             self.progress(f"train {model.label} on {data.label}" + ("" if what == "base" else " again"), done, total)
 
         own_model, own_recipe = model, recipe

@@ -68,7 +68,7 @@ def done(tmp_path_factory):
     """The experiment, run once; its results folder and the trainings that it made."""
     results = tmp_path_factory.mktemp("results")
     steps = []
-    Runner(experiment(), results, progress=lambda what, done, total: steps.append(what), log=lambda line: None).run()
+    Runner(experiment(), results, progress=lambda what, *_: steps.append(what), log=lambda line: None).run()
     return results, steps
 
 
