@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from anytime.backend import Backend
 from anytime.board import Board
 from anytime.dataset import DatasetSpec
-from anytime.errors import UsageError, near
+from anytime.errors import UsageError
 from anytime.model import ModelSpec
 from anytime.policy import Policy
 from anytime.spec import Spec
@@ -96,9 +96,8 @@ class Experiment(Spec):
             raise UsageError(f"experiment {self.name!r}: budgets={self.budgets} must all be above 0")
         if self.currency == "accuracy" and any(b > 1 for b in self.budgets):
             raise UsageError(f"experiment {self.name!r}: budgets={self.budgets} are accuracies wanted, shares of at most 1")
-        for arm in self.arms:
-            if arm not in ARMS or self.arms.count(arm) > 1:
-                raise UsageError(f"experiment {self.name!r}: arms={self.arms}: {near(arm, ARMS)}; name each once")
+        if len(set(self.arms)) < len(self.arms):
+            raise UsageError(f"experiment {self.name!r}: arms={self.arms}: name each once")
         if self.currency == "ms" and not self.boards:
             raise UsageError(f"experiment {self.name!r}: budgets in ms need a board to measure on; name one in boards")
 

@@ -38,7 +38,7 @@ class Spec:
             if _fits(value, hint):
                 continue
             if type(value) is not int or not _fits(float(value), hint):
-                raise UsageError(f"{type(self).__name__}: {f.name}={value!r} must be {_say(hint)}")
+                raise UsageError(f"{type(self).__name__}: {f.name}={value!r} must be {_say(hint)}{_meant(value, hint)}")
             object.__setattr__(self, f.name, float(value))
 
     @property
@@ -205,6 +205,15 @@ def _say(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
     return hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else str(hint).replace("typing.", "")
+
+
+def _meant(value: Any, hint: Any) -> str:
+    """The near miss of the first word, of a value or a tuple of them, that is none of the choices."""
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple):
+        return next((said for v in value if (said := _meant(v, typing.get_args(hint)[0]))), "")
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    said = near(value, choices) if isinstance(value, str) and choices and value not in choices else ""
+    return f"; {said}" if said.startswith("did you mean") else ""  # all that there is has been said
 
 
 def _example(old: Any, hint: Any) -> str:

@@ -341,7 +341,7 @@ def test_forced_and_interrupted_it_goes_on_with_or_without_force(tmp_path):
     exp = experiment(backends=(Float32(),), policies=(), boards=())
     Runner(exp, tmp_path, log=lambda line: None).run()
 
-    def stop(what, done, total):
+    def stop(what, done, total, left_s=None):
         if what.startswith("train Tiny on") and done > 4:
             raise KeyboardInterrupt
 
