@@ -155,7 +155,8 @@ class KeepsNumpyNumbers(Fixed):
     def _fit(self, val: Predictions, cost: PathCost, budget: float) -> Policy:
         fitted = super()._fit(val, cost, budget)
         assert isinstance(fitted, Fixed)
-        return replace(fitted, exit=np.int64(fitted.exit))  # type: ignore[arg-type]
+        object.__setattr__(fitted, "exit", np.int64(fitted.exit))  # past the check of its type
+        return fitted
 
 
 class TurnsInto(MaxProb):
