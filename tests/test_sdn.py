@@ -87,7 +87,7 @@ def test_static_is_the_trunk_with_its_last_head():
 
 
 def test_an_unknown_trunk_is_named():
-    with pytest.raises(UsageError, match="no trunk 'resnet65'; did you mean 'resnet56'"):
+    with pytest.raises(UsageError, match="SDN: trunk='resnet65' must be one of 'resnet20', .* did you mean 'resnet56'"):
         SDN("resnet65").build(SHAPE, 10)
 
 

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from anytime.errors import UsageError, near
 from anytime.layers import BasicBlock, MixedPool2d, he_normal
 from anytime.model import AnytimeModel, ModelSpec, need_shape
 
@@ -64,8 +63,6 @@ class SDN(ModelSpec):
 
     def build(self, input_shape: tuple[int, ...], n_classes: int) -> AnytimeModel:
         need_shape(self, input_shape, (3, 32, 32))
-        if self.trunk not in _TAPS:
-            raise UsageError(f"SDN: there is no trunk {self.trunk!r}; {near(self.trunk, _TAPS)}")
         taps, (parts, head) = _TAPS[self.trunk], _TRUNKS[self.trunk](n_classes)
         ends = [0, *(tap + 1 for tap in taps), len(parts)]
         model = AnytimeModel(

@@ -58,11 +58,8 @@ class RiskControl(Threshold, Listed):
         return np.asarray(right[-1] - right)
 
     def _points(self, val: Predictions, cost: PathCost) -> Points:
-        if not (0 < self.epsilon < 1 and 0 < self.delta < 1 and self.against in ("last", "labels")):
-            raise UsageError(
-                f"{self.label}: epsilon and delta must lie between 0 and 1 and against be 'last' or 'labels', "
-                f"not {self.epsilon}, {self.delta} and {self.against!r}"
-            )
+        if not (0 < self.epsilon < 1 and 0 < self.delta < 1):
+            raise UsageError(f"{self.label}: epsilon and delta must lie between 0 and 1, not {self.epsilon} and {self.delta}")
         links, losses, shown = val.n_exits - 1, self.losses(val), [1.0 + BEYOND]  # who never leaves early loses nothing
         test = binomial_p if self.against == "last" else betting_p
         passes = self.scores(val.logits[:-1])
