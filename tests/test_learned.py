@@ -157,11 +157,11 @@ def test_what_has_no_form_for_signed_activations_says_so(method):
 
 
 @pytest.mark.parametrize("at_8_bits", [True, False])
-def test_weights_of_8_bits_can_keep_their_grids(at_8_bits):
-    net = prepared(trained(), data().calib.x, Widths(4, 4), "u8s8", "mse", "mse")
+def test_what_has_8_bits_can_keep_its_grid(at_8_bits):
+    net = prepared(trained(), data().calib.x, Widths(4, 4, add=8), "u8s8", "mse", "mse")
     learn(net, "lsq", at_8_bits)
     assert {layer.weight_bits: layer.learner is not None for _, layer in net.layers()} == {8: at_8_bits, 4: True}
-    assert all(q.learner is not None for q in net.quantizers())
+    assert {q.bits: q.learner is not None for q in net.quantizers()} == {8: at_8_bits, 4: True}
 
 
 def test_learning_lowers_the_loss_of_what_restarts():

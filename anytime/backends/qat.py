@@ -29,8 +29,8 @@ class QAT(IntegerBackend):
     What is trained is what is exported, for its target. Learns at ``lr_scale`` times the recipe's rate. ``learns``: "ste" keeps
     the calibrated grids, "lsq", "pact" and "dorefa" learn theirs (quant/learned.py). ``fold_bn`` folds BatchNorm before;
     else it stays behind its rounded convolution, its statistics move for the first ``freeze_bn`` of the epochs, and it
-    is folded exactly afterwards. ``learn_8bit`` False leaves 8-bit weights their calibrated grids under "lsq": with so many
-    levels a step feels hardly anything but the weights that it cuts off, and runs away. ``teach``: share of the loss that
+    is folded exactly afterwards. ``learn_8bit`` False leaves what has 8 bits its calibrated grid under "lsq": with so many
+    levels a step feels hardly anything but the values that it cuts off, and may run away. ``teach``: share of the loss that
     is the distance to the float network's answers.
     Source: Jacob et al., CVPR 2018, arXiv:1712.05877, section 3; STE: Bengio et al. 2013, arXiv:1308.3432. Deviation: with
     "ste" ranges are frozen from the start, where Jacob et al. keep a moving average.

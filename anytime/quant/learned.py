@@ -28,7 +28,7 @@ def learn(net: Quantized, method: Method, at_8_bits: bool = True) -> None:
     """Give the quantizers of a calibrated net learners, which begin at its grids; ``settle`` makes plain grids of them.
 
     "ste": none, the grids stay and the weights move on them. "lsq": a step per tensor, and per output channel of a weight;
-    ``at_8_bits`` False leaves 8-bit weights their grids.
+    ``at_8_bits`` False leaves weights and tensors of 8 bits their grids.
     "pact": a clipping level per activation that is never negative, weights as DoReFa's. "dorefa": activations clipped to
     [0, 1]. PACT's and DoReFa's forms hold under 8 bits, as their papers leave first and last layers alone: an 8-bit
     layer and, for DoReFa, an 8-bit tensor keep their grids, and so does a tensor with negative values for both.
@@ -42,7 +42,7 @@ def learn(net: Quantized, method: Method, at_8_bits: bool = True) -> None:
                 f"{method} clips activations at 0, and this target's are signed: use learns='lsq' or 'ste', or an engine with unsigned ones"
             )
         low = q.bits < 8
-        if method == "lsq":
+        if method == "lsq" and (low or at_8_bits):
             q.learner = LSQActivation(q)
         elif method == "pact" and q.grid.zero_point == q.grid.qmin:
             q.learner = PACTActivation(q)
