@@ -13,6 +13,7 @@ from typing import Any
 from anytime.config import Experiment
 from anytime.facts import facts_of, state
 from anytime.pace import estimate, seconds
+from anytime.progress import span
 from anytime.record import load, newest
 from anytime.spec import Spec
 
@@ -37,8 +38,7 @@ class Listing:
             lines.append(f"{name:<78} {said}" + (f": {line['reason']}" if line["reason"] else ""))
         lines += ["", ", ".join(f"{n} {what}" for what, n in self.total.items())]
         if self.total["todo"] + self.total["fail"]:
-            took = f"{self.left_s / 60:.1f} minutes" if self.left_s < 5400 else f"{self.left_s / 3600:.1f} hours"
-            guess = f"about {took} by earlier records of the same kind"
+            guess = f"about {span(self.left_s)} by earlier records of the same kind"
             unknown = f"; {self.n_unknown} facts have no earlier record to judge by" if self.n_unknown else ""
             lines.append(f"to do: {guess}{unknown}")
         return "\n".join(lines + self.troubles)

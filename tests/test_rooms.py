@@ -44,7 +44,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "run": "scoring spec metrics record model dataset files train backend board config policy facts pace arms workshop machine",
     "zoo": "machine spec record files config facts workshop",
     "pace": "record facts",
-    "listing": "spec record config facts pace",
+    "listing": "spec record config facts pace progress",
     "stopwatch": "metrics policy backend cpu execute",
     "execute": "metrics policy", "bundle": "metrics stops policy policies engine execute cpu", "onnx_if": "",
     "cells": "spec config facts find backends models",

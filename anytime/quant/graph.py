@@ -129,10 +129,9 @@ class Quantized:
             for path, layer in self.layers():
                 if layer.bias is not None and round_bias:
                     _make_room(layer, self.sources[path].scale)
-                layer.weight.copy_(layer.rounded())
-                if layer.bias is not None and round_bias:
                     step = self.sources[path].scale * layer.weight_scale
                     layer.bias.copy_((layer.bias / step).round() * step)
+                layer.weight.copy_(layer.rounded())
         for p in self.model.parameters():
             p.requires_grad_(False)
         return self.model.eval()

@@ -5,19 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from anytime.errors import Unsupported
-from anytime.quant.nodes import module_of, name_of
-
-# What may answer with the memory of its first argument.
-VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
-VIEWS = (
-    *("getitem", "flatten", "unflatten", "view", "view_as", "reshape", "contiguous", "detach", "dropout", "to", "float"),
-    *("chunk", "split", "tensor_split", "unbind", "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis"),
-    *("narrow", "squeeze", "unsqueeze", "expand", "expand_as", "select", "diagonal", "unfold"),
-)
+from anytime.quant.nodes import is_view, module_of, name_of
 
 
 def out_of_place(g: fx.GraphModule, path: str) -> None:
@@ -36,10 +28,10 @@ def out_of_place(g: fx.GraphModule, path: str) -> None:
         later = [n for n in g.graph.nodes if order[n] > order[node]]
         for n in later:
             n.replace_input_with(changed, node)
-        if _is_view(g, node):
+        if is_view(g, node):
             continue  # dropout in eval mode, squeeze_: no value changes
         for n in later:
-            if not _is_view(g, n) and any(_memory(g, read) is memory for read in n.all_input_nodes):
+            if not is_view(g, n) and any(_memory(g, read) is memory for read in n.all_input_nodes):
                 raise Unsupported(f"{name} changes {changed} in place, and {n} reads another view of it: write it out of place")
     g.recompile()
 
@@ -77,16 +69,8 @@ def _take_out_of_place(g: fx.GraphModule, node: fx.Node) -> bool:
     return True
 
 
-def _is_view(g: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return isinstance(module_of(g, node), VIEW_MODULES)
-    if node.target is getattr:
-        return node.args[1] in ("T", "mT", "data")
-    return node.op in ("call_function", "call_method") and name_of(node) in VIEWS
-
-
 def _memory(g: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The node that made the memory in which a node's value lies."""
-    while _is_view(g, node):
+    while is_view(g, node):
         node = node.all_input_nodes[0]
     return node

@@ -17,6 +17,13 @@ SPLIT_METHODS = ("chunk", "split", "tensor_split", "unbind")
 PASS_CALLS = (torch.flatten, F.max_pool2d, F.dropout, *SPLIT_CALLS)
 PASS_METHODS = ("flatten", "view", "reshape", "contiguous", "detach", *SPLIT_METHODS)
 ADD_CALLS = (add, torch.add)
+# What may answer with the memory of its first argument, by name.
+VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+VIEWS = (
+    *PASS_METHODS,
+    *("getitem", "dropout", "unflatten", "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "narrow"),
+    *("squeeze", "unsqueeze", "expand", "expand_as", "view_as", "select", "diagonal", "unfold", "to", "float"),
+)
 
 
 def module_of(g: fx.GraphModule, node: object) -> nn.Module | None:
@@ -60,6 +67,15 @@ def is_add(node: fx.Node) -> bool:
     return (node.op == "call_function" and node.target in ADD_CALLS) or (node.op == "call_method" and node.target == "add")
 
 
+def is_view(g: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether what a node makes may lie in the memory of what it reads."""
+    if node.op == "call_module":
+        return isinstance(module_of(g, node), VIEW_MODULES)
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT", "data")
+    return node.op in ("call_function", "call_method") and name_of(node) in VIEWS
+
+
 def output_nodes(graph: fx.Graph) -> set[fx.Node]:
     """What a link returns."""
     result = graph.output_node().args[0]
@@ -75,5 +91,4 @@ def conv_before(g: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         source = source.args[0]  # the identity, where BatchNorm is folded
     if not isinstance(source, fx.Node) or not isinstance(module_of(g, source), nn.Conv2d):
         return None
-    calls = [n for n in g.graph.nodes if n.op == "call_module" and n.target == source.target]
-    return source if len(source.users) == 1 and len(calls) == 1 else None
+    return source if len(source.users) == 1 else None

@@ -14,7 +14,7 @@ from anytime.errors import Unsupported, UsageError, near
 from anytime.model import AnytimeModel
 from anytime.quant.bits import Bits, Target
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, QuantizedLayer
-from anytime.quant.nodes import conv_before, is_add, is_relu, module_of, name_of, output_nodes, passes
+from anytime.quant.nodes import conv_before, is_add, is_relu, is_view, module_of, name_of, output_nodes, passes
 from anytime.quant.trace import links
 
 # Functions and methods that multiply as a layer does, by name, as torch's autocast and its FLOP counter know them. Modules
@@ -27,7 +27,6 @@ MULTIPLYING = (
     "rnn_relu_cell",
 )
 SCALING = (nn.LayerNorm, nn.RMSNorm)
-MOVING = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "stack", "squeeze", "unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Placement:
         if is_relu(g, reader) or conv_before(g, reader) is node:
             return True
         bounds = module_of(g, reader)
-        if self.target == "u8s8":  # at 8 bits rounding twice costs little, and records depend on it; below, 6 dB
+        if self.target == "u8s8":  # at 8 bits rounding twice costs little, and records depend on it
             return isinstance(bounds, nn.Hardtanh) and bounds.min_val == 0 and self.widths.activation < 8
         return isinstance(bounds, nn.Hardtanh) or (is_add(user) and (is_add(node) or _main_branch(g, node, user)))
 
@@ -322,7 +321,7 @@ def _gives_several(g: fx.GraphModule, node: fx.Node) -> bool:
         return True
     reads = [user.args[1] for user in node.users if user.target in (getitem, getattr)]
     return any(isinstance(i, int) or i in ("values", "indices") for i in reads) and not (
-        node.op != "call_module" and name_of(node) in MOVING
+        is_view(g, node) or name_of(node) == "stack"
     )
 
 
