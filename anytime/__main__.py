@@ -155,6 +155,7 @@ def _run(args: argparse.Namespace) -> int:
         n = len(runner.todo())
         bars.log(f"{exp.name}: {n} facts to do" if n else f"{exp.name}: everything is there; FORCE=1 (--force) runs it again")
         runner.run(args.jobs)
+        runner.remade()
         if "html" in formats:
             from anytime.page.pictures import keep
 

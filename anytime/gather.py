@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,13 @@ _IS: dict[str, dict[str, tuple[type, ...]]] = {  # what a name holds, where it i
     },
     "layers": {**dict.fromkeys(listed("macs weight_bits activation_bits sqnr_db"), (int, float)), "layer": (str,)},
 }
+
+
+# What of a board must be alike for times to be one sample: processor, settings, engines.
+_TIMED_ON = listed("cpu flags threads batch provider power_mode clocks l4t tensorrt torch onnxruntime openvino tensorflow")
+
+
+_ALWAYS_SAID = frozenset({"add_bits"})  # W4A4 means two things: what additions read may keep more bits
 
 
 class Asked(NamedTuple):
@@ -116,8 +123,9 @@ class Network:
 
 def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[Network]:
     """Networks in the order of their experiment; a sentence for every record that could not be used is added to ``troubles``."""
-    newest = record.newest(records)
+    newest, made = record.newest(records), _made(records)
     networks: dict[str, Network] = {}
+    left_out: Counter[str] = Counter()
     defaults: dict[str, Row] = defaultdict(dict)
     for r, _ in records:
         for name, said in (r.facts.get("defaults") or {}).items():
@@ -139,7 +147,14 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
         if timed and (r.facts.get("device") or {}).get("emulated") == "yes":
             troubles.append(f"the {r.kind} record {path} is of an emulated board, whose times mean nothing: it is in no table")
             continue
-        if newest[r.fact][1] != path and not timed:  # times are pooled
+        if r.kind in ("measure", "replay", "decide") and r.created < made.get(r.cell, ("", None))[0]:
+            left_out["older than their network, which was made anew"] += 1
+            continue
+        last = newest[r.fact][0]
+        if timed and (last.kind != r.kind or _timed_on(last) != _timed_on(r)):
+            left_out["times of another machine, setting or engine version than the newest of the same"] += 1
+            continue
+        if newest[r.fact][1] != path and not timed:  # times of one machine are pooled
             if r.kind == newest[r.fact][0].kind and _scores(r) != _scores(newest[r.fact][0]):
                 troubles.append(
                     f"the {r.kind} record {path} says other numbers of its fact than {newest[r.fact][1]}, which is newer and used"
@@ -163,9 +178,28 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
             network.layers = r.layers
         if r.kind in ("skip", "fail"):
             network.missed.append(r)
+    troubles += [f"{n} records are left out: {why}" for why, n in left_out.items()]
     current = latest(list(networks.values()))
+    name_datasets(current)
     name_variants(current)
+    name_columns(current)
     return sorted(current, key=lambda n: (n.facts["position"], n.variant, key_of(n.spec)))
+
+
+def _made(records: Iterable[tuple[Record, Path]]) -> dict[str, tuple[str, Any]]:
+    """cell -> since when its predictions are what they are now, or cannot be made any more; and these."""
+    made: dict[str, tuple[str, Any]] = {}
+    for r, _ in sorted(records, key=lambda item: item[0].created):
+        if r.kind == "eval" or (r.kind == "fail" and r.of == "eval"):
+            scores = (r.kind, _scores(r))
+            if made.get(r.cell, ("", None))[1] != scores:
+                made[r.cell] = r.created, scores
+    return made
+
+
+def _timed_on(r: Record) -> list[Any]:
+    device = r.facts.get("device") or {}
+    return [device.get(name) for name in _TIMED_ON]
 
 
 def latest(networks: Sequence[Network]) -> list[Network]:
@@ -242,14 +276,61 @@ def order(item: tuple[Asked, Any]) -> tuple[Any, ...]:
     return (item[0].exit is None, item[0].exit or 0, *item[0][1:])
 
 
+def name_datasets(networks: Sequence[Network]) -> None:
+    """Add to the labels of different data the fields in which they differ, where labels are equal (two folders of one name)."""
+    said = _differences([_leaves(n.spec.get("data")) for n in networks], [n.label("dataset") for n in networks])
+    for network, fields in zip(networks, said, strict=True):
+        network.facts = network.facts | {"dataset": _with(network.label("dataset"), fields)}
+
+
 def name_variants(networks: Sequence[Network]) -> None:
     """Give networks of equal labels the fields in which their specs differ as ``variant``."""
     # Runs under other settings (--set) share the folder; without a name for the difference their rows would look alike.
-    leaves = pd.DataFrame([_leaves(network.spec) for network in networks]).fillna("")
     alike = [key_of([network.label(name) for name in ("dataset", "model", "backend")]) for network in networks]
-    differ = [path for path in sorted(map(str, leaves)) if (leaves[path].groupby(alike).nunique() > 1).any()]
-    for network, said in zip(networks, leaves[differ].to_dict("records"), strict=True):
-        network.variant = ", ".join(f"{path}={value}" for path, value in said.items() if value)
+    for network, fields in zip(networks, _differences([_leaves(n.spec) for n in networks], alike), strict=True):
+        network.variant = _with("", dict(sorted(fields.items())))
+
+
+def name_columns(networks: Sequence[Network]) -> None:
+    """Add to the columns of a network's rows the fields of their backends that tell equal ones apart, so that none stands for another.
+
+    A field that two of "INT4 PTQ (QDrop)" differ in is said of every "INT4 PTQ". First the fields of what an engine executes,
+    whichever engine it is; then the engine's own, among the rows of one engine.
+    """
+    for apart, leaves_of, always in (
+        (listed("dataset model"), lambda n: _leaves(_innermost(n.spec.get("backend"))), _ALWAYS_SAID),
+        (listed("dataset model execution"), lambda n: _leaves(n.spec.get("backend")), frozenset[str]()),
+    ):
+        families: dict[str, list[Network]] = defaultdict(list)
+        for network in networks:
+            stem = network.label("column").partition(" (")[0]
+            families[key_of([network.variant, stem, *map(network.label, apart)])].append(network)
+        for family in families.values():
+            leaves = [{k: v for k, v in leaves_of(n).items() if k.rpartition(".")[2] not in ("is", "version")} for n in family]
+            for network, fields in zip(family, _differences(leaves, [n.label("column") for n in family], always), strict=True):
+                fields = {path: value for path, value in fields.items() if (path, value) != ("add_bits", "0")}
+                network.facts = network.facts | {"column": _with(network.label("column"), fields)}
+
+
+def _differences(
+    leaves: Sequence[dict[str, str]], alike: Sequence[str], always: frozenset[str] = frozenset()
+) -> list[dict[str, str]]:
+    """Of every leaf in which two that are ``alike`` differ, and of ``always``, what each says of it, if anything."""
+    frame = pd.DataFrame(leaves).fillna("")
+    n_different = frame.groupby(list(alike)).nunique()
+    differ = [str(path) for path in frame if path in always or (n_different[path] > 1).any()]
+    return [{path: value for path, value in said.items() if value} for said in frame[differ].to_dict("records")]
+
+
+def _with(name: str, fields: Mapping[str, str]) -> str:
+    return ", ".join([*([name] if name else []), *(f"{path}={value}" for path, value in fields.items())])
+
+
+def _innermost(spec: Any) -> Any:
+    """What wrappers of a backend come down to."""
+    while isinstance(spec, dict) and isinstance(spec.get("of"), dict):
+        spec = spec["of"]
+    return spec
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, str]:

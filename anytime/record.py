@@ -151,10 +151,10 @@ def _no_number(text: str) -> float:
 
 
 def newest(records: Sequence[tuple[Record, Path]]) -> dict[str, tuple[Record, Path]]:
-    """fact -> its newest record: a finished one before any skip or fail of the same fact."""
+    """fact -> its newest record; a skip gives way to what another machine could do, and a fail to what was finished after it."""
     best: dict[str, tuple[Record, Path]] = {}
     for record, path in records:
         old = best.get(record.fact)
-        if old is None or not (record.kind in ("skip", "fail") and old[0].kind not in ("skip", "fail")):
+        if old is None or not (record.kind == "skip" and old[0].kind not in ("skip", "fail")):
             best[record.fact] = (record, path)
     return best

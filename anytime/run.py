@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from anytime.dataset import DatasetSpec
 from anytime.errors import AnytimeError, DataError, Infeasible, Leak, Unreachable, Unsupported, UsageError, WriteError
 from anytime.facts import Fact, facts_of, reference_cell, state
 from anytime.files import write_atomically
+from anytime.forced import Forced
 from anytime.metrics import Floats, Predictions
 from anytime.pace import Pace
 from anytime.policy import Policy
@@ -64,6 +66,8 @@ class Runner:
     def __post_init__(self) -> None:
         self.shop = Workshop(self.results, self.progress)
         self.root = self.results / "records"
+        self.forced = Forced(self.shop.cache / "forced" / f"{self.exp.name}.json")
+        machine.commit()  # asked before the work: a commit that is made meanwhile is not what ran
         self.said: set[str] = set()
         self.unreadable: dict[DatasetSpec, DataError] = {}
         self.contents: dict[str, str] = {}  # key of (data, seed) -> what names its samples
@@ -76,16 +80,14 @@ class Runner:
         loaded = load(self.root, self.exp.name)
         for trouble in loaded.troubles:
             self.log(trouble)
-        known = newest(loaded.records)
+        known = newest(self.forced.without_old(loaded.records))
         cells = {key(cell): cell for cell in self.exp.cells()}
-        since, again = self._forced()
         changed = {name for name, (r, _) in known.items() if r.cell in cells and self._has_changed(r, cells[r.cell])}
         for label in sorted({cells[known[name][0].cell].data.label for name in changed}):
             if f"changed {label}" not in self.said:
                 self.log(f"the samples of {label} have changed: what was found on the old ones is made again")
             self.said.add(f"changed {label}")
-        old = {name for name, (r, _) in known.items() if r.cell in again and r.created < since}
-        return {name: found for name, found in known.items() if name not in changed | old}
+        return {name: found for name, found in known.items() if name not in changed}
 
     def _has_changed(self, record: Record, cell: Cell) -> bool:
         """Whether a data set of the user's holds other samples now than when the record was written."""
@@ -118,27 +120,23 @@ class Runner:
     def forget(self) -> None:
         """Make everything again: nothing is known, and the cache loses what belongs to it; nothing more where that is under way.
 
-        What is to be made again is written down until a run has come to its end, so that an interrupted one goes on.
+        What is to be made again is written down until ``remade`` finds it there, so that an interrupted run goes on. Nothing is
+        deleted before that, nor anything of a data set that cannot be read.
         """
-        again = {key(cell): cell for cell in self.exp.cells() if self._meant(cell)}
-        if again.keys() <= self._forced()[1]:
-            return
-        for cell in again.values():
-            self.shop.drop(cell)
-        write_atomically(self._force, json.dumps({"since": now(), "cells": sorted(again)}).encode())
+        since, old = self.forced.since(), set[Path]()
+        for cell in self.exp.cells():
+            if self._meant(cell) and key(cell) not in since:
+                self._of_readable(cell.data, lambda cell=cell: old.update(self.shop.kept_of(cell)))  # type: ignore[misc]
+        again = {key(cell) for cell in self.exp.cells() if self._meant(cell) and cell.data not in self.unreadable}
+        self.forced.write(dict.fromkeys(again, now()) | since)
+        delete(old)
         self.known = self._records()
 
-    @property
-    def _force(self) -> Path:
-        return self.shop.cache / "forced" / f"{self.exp.name}.json"
-
-    def _forced(self) -> tuple[str, frozenset[str]]:
-        """Since when which cells are being made again."""
-        try:
-            held = json.loads(self._force.read_text())
-            return str(held["since"]), frozenset(held["cells"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return "", frozenset()
+    def remade(self) -> None:
+        """Of what was to be made again, that of which nothing is to do any more is so no longer."""
+        left = {key(f.cell) for f in facts_of(self.exp) if state(f, self.known)[0] == "todo"}
+        meant = {key(cell) for cell in self.exp.cells() if self._meant(cell)}
+        self.forced.write({cell: since for cell, since in self.forced.since().items() if cell in left or cell not in meant})
 
     def _meant(self, cell: Cell) -> bool:
         return not self.only or cell in self.only
@@ -150,8 +148,9 @@ class Runner:
         """
         todo = self.todo()
         if todo:
-            write_atomically(self.root / self.exp.name / "writable", b"")  # better now than after an hour
-            (self.root / self.exp.name / "writable").unlink()
+            trial = self.root / self.exp.name / f"writable-{os.getpid()}"
+            write_atomically(trial, b"")  # better now than after an hour
+            trial.unlink()
             self.pace = Pace(todo, (r for r, _ in load(self.root).records))
             self._count([])
         predicting = [f for f in todo if f.of == "eval" or (f.of == "decide" and self.exp.currency != "ms")]
@@ -178,8 +177,6 @@ class Runner:
             self.decider.forget()
         if todo:
             self.progress(self.exp.name, len(todo), len(todo))
-        if self._force.exists():
-            self._force.unlink()
         for error in self.unreadable.values():
             raise error
 
@@ -204,12 +201,21 @@ class Runner:
             self._guarded(fact, self._eval if fact.of == "eval" else self._decide)
 
     def _in_parallel(self, groups: list[list[Fact]], jobs: int) -> None:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            threads = max(1, torch.get_num_threads() // jobs)
+        threads = max(1, torch.get_num_threads() // jobs)
+        pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+        try:
             futures = {pool.submit(_group, self.exp, self.results, facts, threads, self.debug): facts for facts in groups}
             for done in as_completed(futures):
                 self._of_readable(futures[done][0].cell.data, lambda done=done: self._say_all(done.result()))  # type: ignore[misc]
                 self._count(futures[done])
+        except BrokenProcessPool as error:
+            raise AnytimeError(
+                f"one of {jobs} processes was killed, most likely for want of memory: run again with fewer JOBS (--jobs)"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # interrupted, nobody waits for what others have begun
+            for process in active_children():
+                process.terminate()
         self.known = self._records()
 
     def _say_all(self, lines: Sequence[str]) -> None:
@@ -230,7 +236,7 @@ class Runner:
             self._write(fact, "skip", reason=str(error))
         except (WriteError, DataError, UsageError):
             raise  # not the cell's fault, and nothing after it can go better
-        except (AnytimeError, ArithmeticError, ValueError, RuntimeError, OSError) as error:
+        except Exception as error:
             if self.debug:
                 traceback.print_exc()
             self._write(

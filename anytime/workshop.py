@@ -185,15 +185,22 @@ class Workshop:
         """What was kept of them; empty where this machine's answers stand for the board's."""
         return dict(_read_arrays(self.cache / "answers" / f"{fact}.npz") or {})
 
-    def drop(self, cell: Cell) -> None:
-        """Forget what the cache holds of a cell, so that it is made again. WriteError where it may not be deleted."""
+    def kept_of(self, cell: Cell) -> set[Path]:
+        """What the cache holds of a cell: files, and folders of trainings."""
         recipes = {cell.recipe, cell.recipe.from_scratch()}
+        names = [
+            self.trainer(cell.data, model, recipe, cell.train_seed, cell.seed).key
+            for model, recipe in product((cell.model, _trunk(cell.model)), recipes)
+        ]
+        trained = {folder for name in names for folder in (self.cache / "trained").glob(f"{name}-*")}
+        return trained | {self.cache / "predictions" / f"{key(cell)}.npz"}
+
+
+def delete(kept: Iterable[Path]) -> None:
+    """Delete files and folders of the cache. WriteError where that may not be."""
+    for path in kept:
         try:
-            for model, recipe in product((cell.model, _trunk(cell.model)), recipes):
-                name = self.trainer(cell.data, model, recipe, cell.train_seed, cell.seed).key
-                for folder in (self.cache / "trained").glob(f"{name}-*"):
-                    shutil.rmtree(folder)
-            (self.cache / "predictions" / f"{key(cell)}.npz").unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         except OSError as error:
             raise WriteError(f"cannot delete {error.filename}: {error.strerror or error}") from error
 
@@ -235,5 +242,5 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as f:
             return dict(f)
-    except (OSError, ValueError, BadZipFile):
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error):
         return None
