@@ -7,9 +7,11 @@ JOBS   ?= 1
 RESULTS ?= results
 BIN    := $(VENV)/bin
 ANYTIME := $(BIN)/python -m anytime
-SETS   := $(foreach s,$(SET),--set '$(s)')
-COMMON := $(SETS) --results '$(RESULTS)' $(if $(DEBUG),--debug)
-SAYS   := $(if $(QUIET),--quiet) $(if $(JSON),--json)
+# FORCE=0 is no, and what is said in words may hold quotes and brackets.
+on      = $(filter-out 0 no false,$(1))
+quoted  = '$(subst ','\'',$(1))'
+COMMON := $(if $(SET),--set $(call quoted,$(SET))) --results '$(RESULTS)' $(if $(call on,$(DEBUG)),--debug)
+SAYS   := $(if $(call on,$(QUIET)),--quiet) $(if $(call on,$(JSON)),--json)
 
 .DEFAULT_GOAL := help
 .PHONY: help exp list report compare cite measure board-emulated export zoo clean-cache install test check format bench smoke notebooks
@@ -37,10 +39,10 @@ $(BIN)/.installed-boards: $(BIN)/.installed
 install: $(BIN)/.installed ## make .venv and install into it
 
 exp: $(BIN)/.installed ## run what EXP lacks, write and print its table
-	@$(ANYTIME) run '$(EXP)' $(COMMON) --format '$(FORMAT)' --jobs $(JOBS) $(if $(FORCE),--force) $(if $(ONLY),--only $(ONLY)) $(SAYS)
+	@$(ANYTIME) run '$(EXP)' $(COMMON) --format '$(FORMAT)' --jobs $(JOBS) $(if $(call on,$(FORCE)),--force) $(if $(ONLY),--only $(call quoted,$(ONLY))) $(SAYS)
 
 list: $(BIN)/.installed ## what EXP asks for: todo, done, skip and why, fail
-	@$(ANYTIME) list '$(EXP)' $(COMMON) $(if $(JSON),--json)
+	@$(ANYTIME) list '$(EXP)' $(COMMON) $(if $(call on,$(JSON)),--json)
 
 report: $(BIN)/.installed ## write EXP's tables and figures from its records
 	@$(ANYTIME) report '$(EXP)' $(COMMON) --format '$(FORMAT)' $(SAYS)
@@ -49,7 +51,7 @@ compare: $(BIN)/.installed ## A beside B (experiments, or folders of results); f
 	@$(ANYTIME) compare '$(A)' '$(B)' --results '$(RESULTS)' $(foreach t,$(TOLERANCE),--tolerance '$(t)') $(SAYS)
 
 cite: $(BIN)/.installed ## print the sources of what EXP uses
-	@$(ANYTIME) cite '$(EXP)' $(COMMON) $(if $(JSON),--json)
+	@$(ANYTIME) cite '$(EXP)' $(COMMON) $(if $(call on,$(JSON)),--json)
 
 measure: $(BIN)/.installed-boards ## measure EXP on BOARD (a file of experiments/boards/, or several), training nothing again
 	@$(ANYTIME) measure '$(EXP)' --board $(BOARD) $(COMMON) --format '$(FORMAT)' $(SAYS)
@@ -58,7 +60,7 @@ board-emulated: $(BIN)/.installed-boards ## answers of an emulated aarch64 board
 	scripts/board_emulated.sh $(BIN)/python
 
 export: $(BIN)/.installed ## write the network CELL (a key, or EXP and words of its row) to TO; POLICY= BUDGET= SINGLE=1
-	@$(ANYTIME) export $(CELL) --to '$(TO)' $(COMMON) $(if $(POLICY),--policy '$(POLICY)') $(if $(BUDGET),--budget $(BUDGET)) $(if $(SINGLE),--single-file) $(if $(QUIET),--quiet)
+	@$(ANYTIME) export $(call quoted,$(CELL)) --to '$(TO)' $(COMMON) $(if $(POLICY),--policy '$(POLICY)') $(if $(BUDGET),--budget $(BUDGET)) $(if $(call on,$(SINGLE)),--single-file) $(if $(call on,$(QUIET)),--quiet)
 
 notebooks: $(BIN)/.installed-test ## execute the notebooks and write what they give
 	$(BIN)/python notebooks/execute.py
@@ -67,7 +69,7 @@ zoo: $(BIN)/.installed ## keep the networks that EXP has trained in results/zoo
 	@$(ANYTIME) zoo '$(EXP)' $(COMMON)
 
 clean-cache: $(BIN)/.installed ## say how large the cache is; YES=1 deletes it
-	@$(ANYTIME) clean-cache --results '$(RESULTS)' $(if $(YES),--yes)
+	@$(ANYTIME) clean-cache --results '$(RESULTS)' $(if $(call on,$(YES)),--yes)
 
 test: $(BIN)/.installed-test ## install what tests need, and run them
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

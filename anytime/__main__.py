@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import traceback
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anytime.errors import AnytimeError, WriteError
+from anytime.errors import AnytimeError, DataError, WriteError
 
 if TYPE_CHECKING:  # to import it takes longer than many commands
     import pandas as pd
@@ -115,6 +116,13 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; answer its exit code: 0, 1 for a failure, 2 for a wrong question, 130 when interrupted."""
     args = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without our signs gets question marks, not a traceback
+    # make gives several in one: SET="recipe.epochs=1 train_seeds=(0, 1)", ONLY="SDN ResNet-20".
+    args.sets = [one for said in getattr(args, "sets", []) for one in re.split(r"\s+(?=[\w.*-]+=)", said.strip())]
+    for words in ("only", "cell"):
+        setattr(args, words, [word for said in getattr(args, words, []) for word in said.split()])
     try:
         return {
             "run": _run, "list": _list, "report": _report, "compare": _compare, "cite": _cite, "measure": _measure, "board": _board,
@@ -152,16 +160,22 @@ def _run(args: argparse.Namespace) -> int:
         runner = Runner(exp, args.results, bars.step, bars.log, args.debug, meant)
         if args.force:
             runner.forget()
-        n = len(runner.todo())
+        n, unreadable = len(runner.todo()), None
         bars.log(f"{exp.name}: {n} facts to do" if n else f"{exp.name}: everything is there; FORCE=1 (--force) runs it again")
-        runner.run(args.jobs)
+        try:
+            runner.run(args.jobs)
+        except DataError as error:
+            unreadable = error  # of some suites: what the others gave has its table
         runner.remade()
         if "html" in formats:
             from anytime.page.pictures import keep
 
             for path in keep(exp, args.results):
                 bars.log(f"wrote {path}")
-    _write_reports([exp.name], formats, args)
+    if runner.known or unreadable is None:
+        _write_reports([exp.name], formats, args)
+    if unreadable is not None:
+        raise unreadable
     failed = [reason for fact_state, reason in runner.states() if fact_state == "fail"]
     if failed:
         print(f"anytime: {len(failed)} facts failed, the first one because: {failed[0]}", file=sys.stderr)
@@ -255,7 +269,7 @@ def _compare(args: argparse.Namespace) -> int:
         print(compare.as_json(said, allowed))
     elif not args.quiet:
         print(compare.as_markdown(said, allowed))
-    return 1 if said.count("worse") else 0
+    return 1 if said.count("worse") or said.lost else 0
 
 
 def _formats(text: str) -> tuple[str, ...]:

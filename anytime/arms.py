@@ -23,7 +23,7 @@ from anytime.spec import key, plain
 from anytime.workshop import USUAL, Workshop
 
 GRID = 25  # budgets, evenly spaced over the costs of a network, at which a policy is fitted for its curve ...
-LEARNED_GRID = 9  # ... and one that learns, which has a seed and takes seconds to fit
+SEEDED_GRID = 9  # ... and one that has a seed: such a one may learn, and take seconds to fit
 
 
 class Points(NamedTuple):
@@ -171,7 +171,7 @@ class Decider:
                     continue
                 names[budget] = key(policy)
                 found[names[budget]] = policy
-            for budget in np.linspace(*ends(asked_of, val.n_exits), LEARNED_GRID if hasattr(fact.policy, "seed") else GRID):
+            for budget in np.linspace(*ends(asked_of, val.n_exits), SEEDED_GRID if hasattr(fact.policy, "seed") else GRID):
                 try:
                     policy = fact.policy.fit(val, asked_of, float(budget))
                 except Infeasible:
@@ -213,7 +213,7 @@ class Decider:
         policies, family = self._family(fact)
         chosen = self._grid(fact, source_of(fact)).of[fact.budget]
         fitted, taken, right = policies[chosen], family.exits[chosen].astype(np.intp), family.right[chosen]
-        answers = fitted.answer(test.logits, taken)
+        answers, read = fitted.answer(test.logits, taken), replace(test, logits=fitted.tempered_all(test.logits))
         uses, share = fitted.uses(test.n_exits), np.bincount(taken, minlength=test.n_exits) / len(taken)
         evaluated, reference = self.record(key(("eval", cell))), self.reference(cell)
         point: dict[str, Any] = {
@@ -227,7 +227,7 @@ class Decider:
             "macs": fitted.spends(taken, test.n_exits, In(cost, "macs")), "bops": fitted.spends(taken, test.n_exits, In(cost, "bops")),
             "reference": {what: float(reference.every(what)[-1]) for what in ("macs", "bops")},
             "int8_macs_share": int8_share(cost, evaluated.layers if evaluated else [], uses, share), "exit_flips": None,
-            **confidence(answers, test.labels), **reached(test, taken, uses), "taken": packed(taken.astype(np.uint8)),
+            **confidence(answers, test.labels), **reached(read, taken, uses), "taken": packed(taken.astype(np.uint8)),
         }  # fmt: skip
         if (right != take(correct(test), taken)).any():
             point["right"] = packed(np.packbits(right))  # these are not the answers of the exits taken

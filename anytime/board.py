@@ -25,7 +25,7 @@ class Timing:
 
     ``wall`` is elapsed time, ``cpu`` the process's CPU time over all its threads, NaN where nothing tells it; never one in the other's
     place. ``layers``: what the engine says of its own layers, a row for each. ``energy_mj``: of one inference to each exit, every head
-    on the way run, None where it could not be had; () where it was not measured.
+    on the way run, None where it could not be had; () where it was not measured. ``restarts``: no stage can reuse one before it.
     """
 
     stage_ms: Floats
@@ -36,12 +36,14 @@ class Timing:
     facts: dict[str, str]
     layers: tuple[dict[str, Any], ...] = ()
     energy_mj: tuple[float | None, ...] = ()
+    restarts: bool = False
 
     def to_exit(self, exit: int, uses: tuple[int, ...] | None = None, cpu: bool = False) -> Floats:
         """ms [R] to leave at ``exit`` when the heads of ``uses`` (default: every one on the way) are run."""
         stage, head = (self.stage_cpu_ms, self.head_cpu_ms) if cpu else (self.stage_ms, self.head_ms)
         heads = [k for k in (range(exit + 1) if uses is None else uses) if k <= exit]
-        return np.asarray(stage[: exit + 1].sum(0) + head[heads].sum(0))
+        stages = heads if self.restarts else list(range(exit + 1))
+        return np.asarray(stage[stages].sum(0) + head[heads].sum(0))
 
     def path(self, uses: tuple[int, ...], exit: int) -> float:
         """Median ms of a path: what a policy with a budget in milliseconds counts with."""
@@ -52,7 +54,7 @@ class Timing:
 class Replayed:
     """A policy executed end to end on R real samples: exit taken, class answered [R]; raw times [L, R] over L launches.
 
-    In ms a sample; samples of one batch share its time.
+    In ms a sample; every ``at_once`` samples were handed over together and share one reading.
     """
 
     exits: Ints
@@ -60,6 +62,12 @@ class Replayed:
     wall_ms: Floats
     cpu_ms: Floats
     facts: dict[str, str]
+    at_once: int = 1
+
+    @property
+    def readings_ms(self) -> Floats:
+        """Every reading once, whatever number of samples shares it: what percentiles are taken of."""
+        return self.wall_ms[:, :: self.at_once].ravel()
 
 
 @dataclass(frozen=True)

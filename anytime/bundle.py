@@ -17,8 +17,8 @@ import numpy as np
 from anytime import cpu, policies, stops
 from anytime.engine import Graph, OnnxRuntimeGraph, OpenVINOGraph
 from anytime.errors import AnytimeError, CorruptFile, UsageError, near
-from anytime.execute import Answers, Executor
-from anytime.metrics import Floats
+from anytime.execute import Executor
+from anytime.metrics import Floats, Ints
 from anytime.policies.fixed import Fixed
 from anytime.policy import Policy
 
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     """What the network says of one image.
 
     ``confidence``: the largest softmax probability, in (0, 1]. ``exit`` counts from 0. ``ms``: wall time from the image to this
-    answer, preprocessing included. ``place``: the image's among those that were handed over, from 0.
+    answer, preprocessing and label included. ``place``: the image's among those that were handed over, from 0.
     """
 
     label: str
@@ -53,21 +53,31 @@ class Part(NamedTuple):
     run: Graph
 
 
-def load(folder: Path | str, *, policy: Policy | None = None, engine: Engine = "onnxruntime", threads: int = 1) -> Bundle:
+def load(folder: Path | str, *, policy: Policy | None = None, engine: Engine | None = None, threads: int = 1) -> Bundle:
     """Read a bundle that ``python -m anytime export`` wrote, check every file, and make it ready to run.
 
-    ``policy``: any fitted one, ``Fixed(k)`` for a plain exit; default: the bundle's own, or its last exit. UsageError where
-    the folder is none or asks for what is not there, CorruptFile for a file that is missing or not as it was written.
-    RuntimeWarning where the engine gives other answers on this CPU.
+    ``policy``: any fitted one, ``Fixed(k)`` for a plain exit; default: the bundle's own, or its last exit. ``engine``: default: the
+    one that the bundle was fitted and scored under. ``threads`` 0: every core. UsageError where the folder is none or asks for
+    what is not there, CorruptFile for a file that is missing or not as it was written. RuntimeWarning where the engine gives
+    other answers on this CPU.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    own: Engine = manifest.get("engine", "onnxruntime")  # manifests of before do not say
+    engine = engine or own
     if engine not in get_args(Engine):
         raise UsageError(f"there is no engine {engine!r}; {near(engine, get_args(Engine))}")
-    if engine == "openvino" and cpu.saturates() and any(bits[0] == 8 for bits in manifest["provenance"]["bits"].values()):
+    if threads < 0:
+        raise UsageError(f"threads={threads} is no number of threads: give 1 or more, or 0 for every core")
+    made = manifest["provenance"]
+    saturates = engine == "openvino" and cpu.saturates() and any(bits[0] == 8 for bits in made["bits"].values())
+    if saturates != ("saturates" in made["net"]):
         warnings.warn(
             "this CPU has no VNNI, and OpenVINO's INT8 saturates there: other answers than were exported come out; "
-            "use engine='onnxruntime', or export weights of 7 bits",
+            "use engine='onnxruntime', or export weights of 7 bits"
+            if saturates
+            else "this bundle was fitted and scored where OpenVINO's INT8 saturates, on a CPU without VNNI, and here it does not: other "
+            "answers than were exported come out; export it on a CPU like this one, or weights of 7 bits",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -78,7 +88,8 @@ def load(folder: Path | str, *, policy: Policy | None = None, engine: Engine = "
             run: Graph = OpenVINOGraph(body, threads) if engine == "openvino" else OnnxRuntimeGraph(body, threads, biases)
             run([np.zeros([1, *tensor["shape"][1:]], tensor["dtype"]) for tensor in said["inputs"]])  # engines wait for the first
         except ImportError as error:
-            raise UsageError(f"{engine} is not installed here: pip install {engine}") from error
+            other = f", or pass engine='onnxruntime'; accuracy was measured under {own}" if engine == "openvino" else ""
+            raise UsageError(f"{engine} is not installed here: pip install {engine}{other}") from error
         except AnytimeError:
             raise
         except Exception as error:  # engines share no base class
@@ -100,12 +111,14 @@ class Bundle:
         self.n_exits: int = manifest["n_exits"]
         self.classes: tuple[str, ...] = tuple(manifest["classes"])
         self._one = Executor(self, policy, batch=1)
+        for n in range(1, len(self._one.used)):
+            policy.stop(np.zeros((n, 1, len(self.classes)), np.float32))  # one that is not fitted says so here
 
     def __call__(self, image: Any) -> Answer:
         """Answer one image."""
         started = perf_counter()
         exit, logits = self._one.one(self.prepared([image]))
-        return self._said(Answers(np.array([0]), np.array([exit]), logits, np.array([1e3 * (perf_counter() - started)])))[0]
+        return self._said(np.array([0]), np.array([exit]), logits, [started])[0]
 
     def batch(self, images: Any, batch: int = 64) -> list[Answer]:
         """Answer many images [N, H, W, C], or a sequence of them, ``batch`` at a time; in their order."""
@@ -116,6 +129,14 @@ class Bundle:
 
         At most ``batch`` x segments images are held at a time.
         """
+        try:
+            return self._streamed(iter(images), batch)
+        except TypeError:
+            raise UsageError(
+                f"{type(images).__name__} holds no images one after the other: for one image call net(image)"
+            ) from None
+
+    def _streamed(self, images: Iterator[Any], batch: int) -> Iterator[Answer]:
         began: dict[int, float] = {}
 
         def samples() -> Iterator[Floats]:
@@ -124,8 +145,7 @@ class Bundle:
                 yield self.prepared([image], i)[0]
 
         for answers in Executor(self, self.policy, batch).stream(samples()):
-            now = perf_counter()
-            yield from self._said(answers._replace(ms=np.array([1e3 * (now - began.pop(i)) for i in answers.place])))
+            yield from self._said(answers.place, answers.exits, answers.logits, [began.pop(i) for i in answers.place])
 
     def prepared(self, images: Any, first: int = 0) -> Floats:
         """Images [N, H, W, C] -> network inputs [N, C, H, W], normalised; ``first`` is the place of the first one."""
@@ -135,23 +155,25 @@ class Bundle:
         mean, std = (np.array(said[k], np.float32).reshape(-1, 1, 1) for k in ("mean", "std"))
         return np.ascontiguousarray((x - mean) / std)
 
-    def _said(self, answers: Answers) -> list[Answer]:
-        sure = stops.max_probability(answers.logits)
+    def _said(self, place: Ints, exits: Ints, logits: Floats, began: Sequence[float]) -> list[Answer]:
+        sure = stops.max_probability(logits).tolist()
+        labels = [self.classes[c] for c in logits.argmax(-1)]
+        now = perf_counter()
         return [
-            Answer(self.classes[c], float(p), int(k), float(t), int(i))
-            for c, p, k, t, i in zip(answers.logits.argmax(-1), sure, answers.exits, answers.ms, answers.place, strict=True)
+            Answer(label, p, k, 1e3 * (now - t), i)
+            for label, p, k, t, i in zip(labels, sure, exits.tolist(), began, place.tolist(), strict=True)
         ]
 
     # What an Executor asks of a network
 
     def plan(self, exits: Sequence[int]) -> tuple[Part, ...]:
-        """Segments up to the last of ``exits``; UsageError where the bundle does not hold one of them."""
+        """Segments up to the last of ``exits``, of stages that restart just theirs; UsageError where the bundle does not hold one."""
         there = [part.head for part in self.parts]
         for k in exits:
             if k not in there:
                 held = ", ".join(str(k + 1) for k in there)
                 raise UsageError(f"the policy reads exit {k + 1}, this bundle holds exit {held}: export it for this policy")
-        return tuple(part for part in self.parts if part.head <= max(exits))
+        return tuple(p for p in self.parts if p.head in exits or (p.head < max(exits) and not self.manifest["restarts"]))
 
     def start(self, x: Floats) -> list[Any]:
         """Network inputs [B, C, H, W] -> state 0."""
@@ -236,8 +258,9 @@ def _checked(folder: Path, said: Mapping[str, Any]) -> bytes:
 def _pixels(image: Any, shape: Sequence[int], place: int) -> Floats:
     """One image -> float32 [C, H, W] in [0, 1]."""
     c, h, w = shape
-    if getattr(image, "mode", "") == "P":  # its pixels are places in a palette
-        raise UsageError(f"image {place} has a palette: give image.convert({'L' if c == 1 else 'RGB'!r})")
+    mode = getattr(image, "mode", "")  # PIL's
+    if mode in ("P", "YCbCr", "HSV", "LAB"):  # places in a palette, or three numbers that are not red, green and blue
+        raise UsageError(f"image {place} is in PIL's mode {mode}: give image.convert({'L' if c == 1 else 'RGB'!r})")
     a = np.asarray(image)
     if a.ndim == 2 and c == 1:
         a = a[..., None]

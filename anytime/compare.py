@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,6 +75,7 @@ class Comparison:
     pairs: list[Pair] = field(default_factory=list)
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
+    lost: int = 0  # networks, exits and policies of an experiment that are in A and not in B's run of it
     made_a: list[str] = field(default_factory=list)
     made_b: list[str] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
@@ -84,10 +86,11 @@ class Comparison:
 
 
 class Side(NamedTuple):
-    """One experiment of one side: networks by what they are called, rows by what is asked and on which board."""
+    """One experiment of one side."""
 
+    exp: str
     fold: Fold
-    networks: dict[tuple[str, ...], Network]
+    networks: list[Network]
     made: list[str]
 
 
@@ -109,8 +112,8 @@ def sides(said: str, results: Path) -> dict[str, Path]:
 def compare(a: str, b: str, results: Path, allowed: Mapping[str, float]) -> Comparison:
     """A beside B, paired by network, backend, and exit or policy; experiments of other names where each side has but one.
 
-    Accuracies are paired sample by sample where both sides hold predictions of the same test labels under the same training seeds
-    (Tango's interval, averaged over seeds), else apart. Times have an interval where both were measured in several sessions. A pair
+    Networks are paired by their specs, what is left by what it is called; accuracies sample by sample where both sides hold
+    predictions of the same test labels under the same training seeds (Tango's interval, averaged over seeds), else apart. Times have an interval where both were measured in several sessions. A pair
     is worse when it is so by more than is allowed *and* its interval, if it has one, says so too. UsageError where nothing is paired.
     """
     left, right, said = sides(a, results), sides(b, results), Comparison()
@@ -134,30 +137,54 @@ def _side(root: Path, exp: str, said: Comparison) -> Side:
     loaded = record.load(root, exp)
     said.troubles += loaded.troubles
     networks = gather(loaded.records, said.troubles)
-    called = {
-        (*(n.label(name) for name in ("dataset", "model", "backend")), n.variant, key_of([n.spec.get("seed"), n.facts.get("suite", 0)])): n
-        for n in networks
-    }  # fmt: skip
-    return Side(Fold(networks, said.troubles), called, provenance(networks))
+    return Side(exp, Fold(networks, said.troubles), networks, provenance(networks))
+
+
+def _partners(ours: Sequence[Network], theirs: Sequence[Network]) -> dict[int, Network]:
+    """id of a network of A -> the one of B: of one spec, else of one name, else of one name but for the variant, where that is clear.
+
+    A variant is a difference to the neighbours of one folder: it may be there in B because of a network that A has not.
+    """
+    found: dict[int, Network] = {}
+    taken: set[int] = set()
+    place = lambda n: [n.spec.get("seed"), n.facts.get("suite", 0)]  # noqa: E731
+    labels = lambda n: [*(n.label(name) for name in ("dataset", "model", "backend")), *place(n)]  # noqa: E731
+    for name in (lambda n: [n.spec, place(n)], lambda n: [n.variant, *labels(n)], labels):
+        left, right = defaultdict[str, list[Network]](list), defaultdict[str, list[Network]](list)
+        for side, networks in ((left, ours), (right, theirs)):
+            for n in networks:
+                if id(n) not in found and id(n) not in taken:
+                    side[key_of(name(n))].append(n)
+        for called, those in left.items():
+            if len(those) == len(right[called]) == 1:
+                found[id(those[0])] = right[called][0]
+                taken.add(id(right[called][0]))
+    return found
 
 
 def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -> None:
     said.made_a += [line for line in a.made if line not in b.made]
     said.made_b += [line for line in b.made if line not in a.made]
-    for name, ours in a.networks.items():
-        theirs = b.networks.get(name)
+    partners = _partners(a.networks, b.networks)
+    paired = {id(n) for n in partners.values()}
+    again = a.exp == b.exp  # of another experiment nobody expects all
+    for ours in a.networks:
+        theirs, name = partners.get(id(ours)), _called(ours)
         if theirs is None:
-            said.only_a.append(_called(name))
+            said.only_a.append(name)
+            said.lost += again and bool(ours.scores)
             continue
         for where, *values in _differing(ours.spec, theirs.spec):
             for made, value in zip((said.made_a, said.made_b), values, strict=True):
                 if (line := f"{where} {value}") not in made:
                     made.append(line)
         rows, others = _rows(a.fold, ours), _rows(b.fold, theirs)
-        said.only_a += [f"{_called(name)}: {_asked(asked)}{_why(theirs, asked)}" for asked in rows if asked not in others]
-        said.only_b += [f"{_called(name)}: {_asked(asked)}{_why(ours, asked)}" for asked in others if asked not in rows]
+        gone = [asked for asked in rows if asked not in others]
+        said.only_a += [f"{name}: {_asked(asked)}{_why(theirs, asked)}" for asked in gone]
+        said.only_b += [f"{name}: {_asked(asked)}{_why(ours, asked)}" for asked in others if asked not in rows]
+        said.lost += again * len(gone)
         for asked in (asked for asked in rows if asked in others):
-            who = (name[0], f"{name[1]} ({name[3]})" if name[3] else name[1], name[2], _asked(asked))
+            who = (*_names(ours), _asked(asked))
             for metric in allowed:
                 for board, (x, y) in _boards(metric, rows[asked], others[asked]).items():
                     # Where others took the CPU, wall time says nothing of the network.
@@ -171,11 +198,11 @@ def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -
                         _measure(pair, (a.fold, ours, x), (b.fold, theirs, y), asked)
                         _judge(pair, allowed[metric])
                         said.pairs.append(pair)
-        said.pairs += _failures(name, ours, theirs)
+        said.pairs += _failures(ours, theirs)
         timed, others_timed = ({board for boards in n.times.values() for board in boards} for n in (ours, theirs))
-        said.only_a += [f"{_called(name)}: its times on {board}" for board in sorted(timed - others_timed)]
-        said.only_b += [f"{_called(name)}: its times on {board}" for board in sorted(others_timed - timed)]
-    said.only_b += [_called(name) for name in b.networks if name not in a.networks]
+        said.only_a += [f"{name}: its times on {board}" for board in sorted(timed - others_timed)]
+        said.only_b += [f"{name}: its times on {board}" for board in sorted(others_timed - timed)]
+    said.only_b += [_called(n) for n in b.networks if id(n) not in paired]
 
 
 def _differing(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -303,18 +330,24 @@ def _judge(pair: Pair, allowed: float) -> None:
         pair.verdict = ("worse" if value > 0 else "better") if sure else "within noise"
 
 
-def _failures(name: tuple[str, ...], ours: Network, theirs: Network) -> Iterator[Pair]:
+def _failures(ours: Network, theirs: Network) -> Iterator[Pair]:
     """What failed on one side only."""
     fails = [{(r.of, r.board, asked_of(r, r.facts)): r.reason for r in n.missed if r.kind == "fail"} for n in (ours, theirs)]
     for which, verdict in ((1, "worse"), (0, "better")):
         for what, reason in fails[which].items():
             if what not in fails[1 - which] and (ours, theirs)[1 - which].scores:
                 a, b = ("done", f"fail: {reason}") if which else (f"fail: {reason}", "done")
-                yield Pair(name[0], name[1], name[2], _asked(what[2]), what[1], f"status of {what[0]}", a, b, verdict=verdict)
+                yield Pair(*_names(ours), _asked(what[2]), what[1], f"status of {what[0]}", a, b, verdict=verdict)
 
 
-def _called(name: tuple[str, ...]) -> str:
-    return ", ".join(filter(None, name[:4]))
+def _names(network: Network) -> tuple[str, str, str]:
+    """Data set, network and backend."""
+    model = network.label("model")
+    return network.label("dataset"), f"{model} ({network.variant})" if network.variant else model, network.label("backend")
+
+
+def _called(network: Network) -> str:
+    return ", ".join(filter(None, (*(network.label(name) for name in ("dataset", "model", "backend")), network.variant)))
 
 
 def _asked(asked: Asked) -> str:
@@ -351,7 +384,8 @@ def as_markdown(said: Comparison, allowed: Mapping[str, float]) -> str:
         blocks += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
     counts = [f"{said.count(v)} {v}" for v in ("equal", "within tolerance", "within noise", "better", "worse")]
     limits = ", ".join(f"{name} {value:g} {unit(name)}" for name, value in allowed.items())
-    return "\n\n".join([*blocks, f"{', '.join(counts)}; tolerated: {limits}"])
+    lost = f"{said.lost} lost (in A, not in B), " if said.lost else ""
+    return "\n\n".join([*blocks, f"{lost}{', '.join(counts)}; tolerated: {limits}"])
 
 
 def _shown(pair: Pair) -> list[str]:

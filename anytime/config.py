@@ -98,6 +98,9 @@ class Experiment(Spec):
             raise UsageError(f"experiment {self.name!r}: budgets={self.budgets} are accuracies wanted, shares of at most 1")
         if len(set(self.arms)) < len(self.arms):
             raise UsageError(f"experiment {self.name!r}: arms={self.arms}: name each once")
+        labels = [policy.label for policy in self.policies]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise UsageError(f"experiment {self.name!r}: two policies are called {twice!r} in tables; name it once")
         if self.currency == "ms" and not self.boards:
             raise UsageError(f"experiment {self.name!r}: budgets in ms need a board to measure on; name one in boards")
 

@@ -177,7 +177,7 @@ def normalise(x: NDArray[Any], p: Preprocessing) -> Tensor:
 def draw(y: NDArray[Any], counts: dict[str, int], seed: int, name: str) -> dict[str, NDArray[np.intp]]:
     """Indices of each part, class by class in proportion, plus ``train`` with the rest; ascending.
 
-    DataError when the parts would leave fewer than half of the samples to train on.
+    UsageError when the parts would leave fewer than half of the samples to train on.
     """
     for part, n in counts.items():
         if n < 0:

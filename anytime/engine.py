@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ class Graph(ABC):
 # An x86 CPU without VNNI adds two products of u8 and s8 in 16 bits, where they saturate. Told this, ONNX Runtime turns weights
 # into u8 there, whose kernels widen first; other CPUs do not care.
 EXACT_INT8 = ("session.x64quantprecision", "1")
+# This pass of ONNX Runtime also quantizes the weights of a layer that was kept in float between two Q/DQ pairs.
+WEIGHT_BIAS = "WeightBiasQuantization"
 INEXACT = "Attempt to replace the existing tensor"  # so ONNX Runtime 1.32 fails at some graphs of its own quantizer then
 
 
@@ -53,8 +56,7 @@ class OnnxRuntimeGraph(Graph):
 
     ``run`` with a plain dictionary: IO binding, with OrtValues bound once, was at most 2 us of 50 faster at batch 1, a fixed batch
     in the graph not at all. ``float_biases``: the graph leaves biases in float, and they are to be quantized as for anybody; the
-    pass that does so, WeightBiasQuantization, also quantizes the weights of a layer that was kept in float between two
-    Q/DQ pairs, so that it is off otherwise. Its INT8 is exact on every CPU (``EXACT_INT8``).
+    pass that does so (``WEIGHT_BIAS``) is off otherwise. Its INT8 is exact on every CPU (``EXACT_INT8``).
     """
 
     def __init__(self, body: bytes, threads: int, float_biases: bool = False) -> None:
@@ -101,7 +103,7 @@ class OnnxRuntimeGraph(Graph):
             options.enable_profiling, options.profile_file_prefix = True, profile
         session = onnxruntime.InferenceSession(
             self._body, options, providers=["CPUExecutionProvider"],
-            disabled_optimizers=[] if self._float_biases else ["WeightBiasQuantization"],
+            disabled_optimizers=[] if self._float_biases else [WEIGHT_BIAS],
         )  # fmt: skip
         if session.get_providers() != ["CPUExecutionProvider"]:
             raise AnytimeError(f"ONNX Runtime chose {session.get_providers()}, not the CPU: its rows would carry the wrong name")
@@ -113,7 +115,7 @@ class OpenVINOGraph(Graph):
 
     The precision is always said: where the CPU has bfloat16, OpenVINO's own default is that. Batch 1 is compiled for its shape,
     which is 10 % faster than the model of any batch that runs the others. One request each, whose inputs are bound once and
-    copied into: handing arrays to ``infer`` costs 50 us a call, this 1 us.
+    copied into: handing arrays to ``infer`` costs 50 us a call, this 1 us. So threads take turns.
     """
 
     def __init__(self, body: bytes, threads: int, precision: Literal["f32", "bf16"] = "f32") -> None:
@@ -131,15 +133,16 @@ class OpenVINOGraph(Graph):
             # sample would be another one alone than in a batch. It costs nothing to do without.
             "SNIPPETS_MODE": "DISABLE",
         }
+        self._lock = threading.Lock()
         self._single: _Request | None = None
         self._any: _Request | None = None
 
     def __call__(self, inputs: Arrays) -> list[NDArray[Any]]:
-        return self._request(len(inputs[0])).run(inputs)
+        with self._lock:
+            return self._request(len(inputs[0])).run(inputs)
 
     def profile(self, inputs: Arrays) -> tuple[list[NDArray[Any]], Kinds]:
-        request = self._request(len(inputs[0]))
-        out = request.run(inputs)
+        out, request = self(inputs), self._request(len(inputs[0]))
         kinds: Kinds = {}
         for op in request.compiled.get_runtime_model().get_ordered_ops():
             said = op.get_rt_info()

@@ -107,6 +107,12 @@ class Executor:
         if self.policy.bound:
             raise UsageError(f"{self.policy.label} decides by what no board can know: it is a bound, not to be executed")
         self.used = self.policy.uses(self.net.n_exits)
+        thresholds = getattr(getattr(self.policy, "of", None) or self.policy, "thresholds", None)
+        if thresholds is not None and len(thresholds) != len(self.used) - 1:
+            raise UsageError(
+                f"{self.policy.label}: {len(thresholds)} thresholds are fitted, {len(self.used) - 1} are needed for the "
+                f"{len(self.used)} exits that it reads; call fit with val predictions of this very network first"
+            )
         self.plan = self.net.plan(self.used)
         # For each exit that is read: what has been read by then (a slice copies nothing), and the exit as an array.
         self._so_far = [slice(i + 1) if k == i else np.array(self.used[: i + 1]) for i, k in enumerate(self.used)]

@@ -18,10 +18,10 @@ from anytime import machine
 from anytime.arms import Decider
 from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.board import board_test
-from anytime.bundle import KIND, SCHEMA, fingerprint, policy_of, read_manifest
+from anytime.bundle import KIND, SCHEMA, Engine, fingerprint, policy_of, read_manifest
 from anytime.cells import find_cell, inner
 from anytime.config import Cell, Experiment
-from anytime.engine import EXACT_INT8
+from anytime.engine import EXACT_INT8, WEIGHT_BIAS
 from anytime.errors import AnytimeError, CorruptFile, Unsupported, UsageError, WriteError, near
 from anytime.facts import Fact, facts_of
 from anytime.files import write_atomically
@@ -145,20 +145,34 @@ def write_bundle(chosen: Chosen, to: Path) -> Path:
             folder.mkdir()
             segments = _segments(net, list(exits), folder)
             (folder / "manifest.json").write_text(json.dumps(manifest(chosen, segments), indent=1))
-            if to.exists():
-                os.rename(to, Path(own) / "older")
-            os.rename(folder, to)
+            older = Path(own) / "older"
+            try:
+                if to.exists():
+                    os.rename(to, older)
+                os.rename(folder, to)
+            except BaseException:  # Ctrl-C too
+                if older.exists() and not to.exists():
+                    os.rename(older, to)
+                raise
     except OSError as error:
         raise WriteError(f"cannot write {to}: {error.strerror or error}; free space or give another folder") from error
     return to / "manifest.json"
 
 
 def write_single(chosen: Chosen, to: Path) -> Path:
-    """Write one ONNX file with the whole policy, or its last exit, inside; see onnx_if.py. An older one there is replaced."""
+    """Write one ONNX file with the whole policy, or its last exit, inside; see onnx_if.py. An older one there is replaced.
+
+    Unsupported for a network of another engine than ONNX Runtime, which runs the file.
+    """
     import onnx
 
     check_free(to, single=True)
     net, said = chosen.net, chosen.said
+    if _engine(net) != "onnxruntime":
+        raise Unsupported(
+            f"a single file runs in ONNX Runtime, and {chosen.cell.backend.label} was fitted and scored under {net.execution}: "
+            "export the folder, or the same network under OnnxRuntime(of=...)"
+        )
     plan = net.plan(said["uses"] if said else [net.n_exits - 1])
     segments = [onnx.ModelProto.FromString(net.graph(segment)) for segment in plan]
     told = manifest(chosen, [])
@@ -174,18 +188,27 @@ def how_to_use(chosen: Chosen, to: Path, single: bool) -> str:
     c, h, w = parts.input_shape
     if not single:
         shape = f"[{h}, {w}]" if c == 1 else f"[{h}, {w}, {c}]"
-        return f"import anytime\nnet = anytime.load({str(to)!r})\nprint(net(image))  # uint8 {shape}, as PIL and numpy give it"
+        engine = _engine(chosen.net)
+        under = "" if engine == "onnxruntime" else f"  # runs in {engine}, as it was scored: pip install {engine}"
+        answer = f"print(net(image))  # uint8 {shape}, as PIL and numpy give it"
+        return f"import anytime\nnet = anytime.load({str(to)!r}){under}\n{answer}"
     mean, std = (v[0] if c == 1 else f"{list(v)}" for v in parts.preprocessing)
     exact = (
         f"options = onnxruntime.SessionOptions()\noptions.add_session_config_entry{EXACT_INT8}  # INT8 for CPUs without VNNI too\n"
         if chosen.net.bits
         else ""
     )
+    given = (", options" if exact else "") + ("" if chosen.net.float_biases else f", disabled_optimizers={[WEIGHT_BIAS]}")
     return (
-        f"import onnxruntime\n{exact}session = onnxruntime.InferenceSession({str(to)!r}{', options' if exact else ''})\n"
+        f"import onnxruntime\n{exact}session = onnxruntime.InferenceSession({str(to)!r}{given})\n"
         f'label, confidence, exit, logits = session.run(None, {{"x": x}})  '
         f"# x: float32 [1, {c}, {h}, {w}], (pixel / 255 - {mean}) / {std}{'' if c == 1 else ', per channel'}"
     )
+
+
+def _engine(net: GraphNet) -> Engine:
+    """What a bundle runs in: who names a row wants its accuracy, and another engine rounds, or saturates, otherwise."""
+    return "openvino" if net.format == "openvino" else "onnxruntime"
 
 
 def check_free(to: Path, single: bool = False) -> None:
@@ -278,6 +301,7 @@ def manifest(chosen: Chosen, segments: list[dict[str, Any]]) -> dict[str, Any]:
     ]  # fmt: skip
     said = {
         "kind": KIND, "schema": SCHEMA,
+        "engine": _engine(net),
         "network": cell.model.label, "data": cell.data.label, "arithmetic": cell.backend.column, "label": cell.backend.label,
         "input": {
             "shape": list(parts.input_shape), "dtype": "float32", "layout": "NCHW", "image": "HWC",

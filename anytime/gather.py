@@ -123,13 +123,14 @@ class Network:
 
 def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[Network]:
     """Networks in the order of their experiment; a sentence for every record that could not be used is added to ``troubles``."""
-    newest, made = record.newest(records), _made(records)
+    newest, made = record.newest(records), record.made(records)
     networks: dict[str, Network] = {}
     left_out: Counter[str] = Counter()
     defaults: dict[str, Row] = defaultdict(dict)
     for r, _ in records:
-        for name, said in (r.facts.get("defaults") or {}).items():
-            defaults[name] |= said
+        if not odd(r):
+            for name, said in r.facts.get("defaults", {}).items():
+                defaults[name] |= said
     order = listed("skip fail measure replay decide eval")  # what a skip says of its cell gives way to what its eval says
     for r, path in sorted(records, key=lambda item: order.index(item[0].kind)):
         points, needed = r.exits + r.points, _NEEDED.get(r.kind, set())
@@ -147,7 +148,7 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
         if timed and (r.facts.get("device") or {}).get("emulated") == "yes":
             troubles.append(f"the {r.kind} record {path} is of an emulated board, whose times mean nothing: it is in no table")
             continue
-        if r.kind in ("measure", "replay", "decide") and r.created < made.get(r.cell, ("", None))[0]:
+        if record.is_stale(r, made):
             left_out["older than their network, which was made anew"] += 1
             continue
         last = newest[r.fact][0]
@@ -184,17 +185,6 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
     name_variants(current)
     name_columns(current)
     return sorted(current, key=lambda n: (n.facts["position"], n.variant, key_of(n.spec)))
-
-
-def _made(records: Iterable[tuple[Record, Path]]) -> dict[str, tuple[str, Any]]:
-    """cell -> since when its predictions are what they are now, or cannot be made any more; and these."""
-    made: dict[str, tuple[str, Any]] = {}
-    for r, _ in sorted(records, key=lambda item: item[0].created):
-        if r.kind == "eval" or (r.kind == "fail" and r.of == "eval"):
-            scores = (r.kind, _scores(r))
-            if made.get(r.cell, ("", None))[1] != scores:
-                made[r.cell] = r.created, scores
-    return made
 
 
 def _timed_on(r: Record) -> list[Any]:

@@ -81,7 +81,7 @@ class KerasChain(KerasLayers):
             elif node.op == "output":
                 out = self._plain(get(node.args[0]))
                 return self.tf.keras.Model(inputs, out, name=path)
-            elif node.op == "call_function" and node.target is getitem:
+            elif node.op == "call_function" and node.target is getitem and isinstance(get(node.args[0]), list):
                 values[node] = get(node.args[0])[node.args[1]]
             elif module is not None:
                 values[node] = self.module(link, node, module, name, get(node.args[0]))

@@ -97,6 +97,8 @@ class KerasLayers:
 
     def _call(self, link: fx.GraphModule, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         target, layers = node.target, self.tf.keras.layers
+        if kwargs.get("alpha", 1) != 1:
+            raise Unsupported(f"{name}: an addition with alpha={kwargs['alpha']} has no Keras form here; multiply before you add")
         if is_add(node) and isinstance(args[1], Value):
             return Value(self.keep(layers.Add(), name, [self._plain(args[0]), self._plain(args[1])]))
         if is_relu(link, node):
@@ -104,7 +106,8 @@ class KerasLayers:
         if target is torch.cat and (kwargs.get("dim") or (args[1:] or [0])[0]) == 1:
             return Value(self.keep(layers.Concatenate(-1), name, self._plain(args[0])))
         if target is F.adaptive_avg_pool2d:
-            return Value(_adaptive_pool(self, nn.AdaptiveAvgPool2d(args[1]), name, args[0].tensor))
+            size = args[1] if len(args) > 1 else kwargs["output_size"]
+            return Value(_adaptive_pool(self, nn.AdaptiveAvgPool2d(size), name, args[0].tensor))
         if target in ("detach", "contiguous"):
             return args[0]
         if target in (torch.flatten, "flatten") and tuple(args[1:2] or kwargs.values()) == (1,):

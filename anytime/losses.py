@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from anytime.errors import UsageError
@@ -35,7 +36,8 @@ class Loss(Spec, ABC):
 
     @abstractmethod
     def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
-        """logits [E, B, K] float32, y [B], ``done`` in [0, 1) of the training by epochs -> terms [T]; may write ``state``."""
+        """logits [E, B, K] float32, y [B], ``done`` in [0, 1) of the training by epochs (1 where a trained network is trained
+        on) -> terms [T]; may write ``state``."""
 
     def begin(self, model: AnytimeModel) -> None:
         """Before the optimizer is made: which parameters learn."""
@@ -75,24 +77,28 @@ class Joint(Loss):
 class FrozenTrunk(Loss):
     """Only the side heads learn; trunk and last head stay as they are, BatchNorm statistics too (IC-only).
 
+    A network of one exit learns whole, from its labels: with ``start`` "static" that is the trunk's own training.
     Source: SDN, Kaya et al., ICML 2019, arXiv:1810.07052, section 4.2.
     """
 
     def begin(self, model: AnytimeModel) -> None:
-        if model.n_exits == 1:
-            raise UsageError("FrozenTrunk has nothing to train in a network of one exit: name a network with side heads")
-        for part in (model.stages, model.heads[-1]):
+        for part in _trunk(model):
             part.requires_grad_(False)
 
     def epoch(self, model: AnytimeModel) -> None:
-        for part in (model.stages, model.heads[-1]):
+        for part in _trunk(model):
             part.eval()
 
     def end(self, model: AnytimeModel) -> None:
         model.requires_grad_(True)
 
     def __call__(self, logits: Tensor, y: Tensor, done: float, state: State) -> Tensor:
-        return self.each(logits[:-1], y)
+        return self.each(logits[:-1] if len(logits) > 1 else logits, y)
+
+
+def _trunk(model: AnytimeModel) -> tuple[nn.Module, ...]:
+    """What side heads stand on; nothing in a network without any."""
+    return (model.stages, model.heads[-1]) if model.n_exits > 1 else ()
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,12 @@ class Rising(Loss):
 class LinearWithLateKL(Loss):
     """Exit j of K weighs j / (K (K + 1)); from ``late`` of the training on, side exits also imitate the last one.
 
-    The imitation is ``strength`` T^2 KL(softmax(z_j / T) || softmax(z_K / T)), T = ``temperature``; the last exit is not pulled.
-    Source: EENet, Ilhan et al., WACV 2024, arXiv:2301.07099, and its train.py and config.py.
+    The imitation is ``strength`` T^2 KL(softmax(z_K / T) || softmax(z_j / T)) / C for C classes, T = ``temperature``: the authors'
+    KLDivLoss() takes the mean over classes as over samples, and lets the last exit be pulled towards the side exits too.
+    Source: EENet, Ilhan et al., WACV 2024, arXiv:2301.07099, and its train.py and config.py (git-disl/EENet).
     """
+
+    version: ClassVar[int] = 2  # 1 had the KL the other way round, summed over the classes
 
     late: float = 0.75
     strength: float = 0.01
@@ -145,8 +154,8 @@ class LinearWithLateKL(Loss):
         terms = self.each(logits, y) * torch.arange(1, n + 1, device=logits.device) / (n * (n + 1))
         if done >= self.late and n > 1:
             t = self.temperature
-            teacher = log_softmax(logits[-1].detach() / t, -1)
-            pulls = [kl_div(teacher, log_softmax(z / t, -1), reduction="batchmean", log_target=True) for z in logits[:-1]]
+            last = log_softmax(logits[-1] / t, -1)
+            pulls = [kl_div(log_softmax(z / t, -1), last, reduction="none", log_target=True).mean() for z in logits[:-1]]
             terms = torch.cat([terms[:-1] + self.strength * t**2 * torch.stack(pulls), terms[-1:]])
         return terms
 
@@ -157,7 +166,7 @@ class Distilled(Loss):
 
     scale [(1 - C) sum_k CE_k + C T^2 sum_{k<K} H(softmax(z_K / T), softmax(z_k / T))], scale = 2 x 5 / K, C = ``share``. T starts
     at 1 and is multiplied by ``growth`` after each batch in which the last exit's mean largest probability at T exceeds
-    ``sure``; T is part of the checkpoint.
+    ``sure``; T is part of the checkpoint. Where a trained network is trained on it starts at 1 again.
     Source: Phuong and Lampert, "Distillation-based Training for Multi-Exit Architectures", ICCV 2019, section 4, and main.py.
     """
 
@@ -181,7 +190,7 @@ class Distilled(Loss):
 class FromTeacher(Loss):
     """A student's own loss ``of`` and, exit by exit, its distance to a teacher; the logits are the student's, then the teacher's.
 
-    (1 - share) of(z) + share T^2 KL(softmax(t_k / T) || softmax(z_k / T)) for every exit k.
+    Term k is (1 - share) of(z)_k + share T^2 KL(softmax(t_k / T) || softmax(z_k / T)), for every exit k that ``of`` has a term for.
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2; Mishra and Marr, ICLR 2018, arXiv:1711.05852 (a float
     teacher for a network that is quantized).
     """
@@ -189,6 +198,11 @@ class FromTeacher(Loss):
     of: Loss = Joint()
     share: float = 0.5
     temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_smoothing:
+            raise UsageError("FromTeacher: label_smoothing is that of its own loss: give it to ``of``")
 
     def begin(self, model: AnytimeModel) -> None:
         self.of.begin(model)
@@ -206,4 +220,5 @@ class FromTeacher(Loss):
             kl_div(log_softmax(z / t, -1), log_softmax(w.detach() / t, -1), reduction="batchmean", log_target=True)
             for z, w in zip(student, teacher, strict=True)
         ]
-        return torch.cat([(1 - self.share) * self.of(student, y, done, state), self.share * t**2 * torch.stack(pulls)])
+        own = self.of(student, y, done, state)
+        return (1 - self.share) * own + self.share * t**2 * torch.stack(pulls[: len(own)])

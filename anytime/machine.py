@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 @lru_cache
 def commit() -> dict[str, Any]:
-    """The source's git commit and whether the source differed from it; empty outside a checkout.
+    """The source's git commit and whether the source differed from it; empty where git does not hold this file.
 
     What a run itself writes (``results/``) does not count as a difference.
     """
@@ -44,6 +44,7 @@ def commit() -> dict[str, Any]:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # else it is installed inside somebody else's checkout
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", ":(exclude)results"))}
     except (OSError, subprocess.SubprocessError):
         return {}

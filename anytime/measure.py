@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 from anytime.board import Board
@@ -16,6 +14,7 @@ from anytime.errors import UsageError, near
 from anytime.find import folders, loaded
 from anytime.run import Runner
 from anytime.train import Progress, silent
+from anytime.workers import workers
 
 
 def names() -> list[str]:
@@ -70,8 +69,7 @@ def measure(
     if len(exps) == 1:
         done = [_on_one(exps[0], results, log, debug, progress)]
     else:
-        # Processes, not threads: torch.fx can trace but one network at a time.
-        with ProcessPoolExecutor(len(exps), mp_context=get_context("spawn")) as pool:
+        with workers(len(exps)) as pool:
             done = [future.result() for future in [pool.submit(_on_one, one, results, print, debug) for one in exps]]
     return [left for one in done for left in one]
 

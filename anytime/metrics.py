@@ -223,7 +223,9 @@ METRICS: dict[str, Metric] = {
     "params": Metric("M", "lower", 3, "parameters of everything that ran to leave there"),
     "size_bytes": Metric("MB", "lower", 3, "bytes of the files that a board needs, 1 MB = 1e6"),
     "packed_bytes": Metric("MB", "lower", 3, "bytes of the parameters at their true bit widths"),
-    "latency_ms_p50": Metric("ms", "lower", 3, "median wall time of one sample, batch 1, heads on the way included"),
+    "latency_ms_p50": Metric(
+        "ms", "lower", 3, "median wall time of a sample at the board's batch size, heads on the way included"
+    ),
     "latency_ms_p90": Metric("ms", "lower", 3, "90th percentile of the same"),
     "latency_ms_p99": Metric("ms", "lower", 3, "99th percentile of the same; absent under 662 samples"),
     "latency_ms_mean": Metric("ms", "lower", 3, "mean of the same: a policy's median is just the latency of one of its exits"),
@@ -291,7 +293,7 @@ METRICS: dict[str, Metric] = {
         "lower",
         2,
         "accuracy of this network's own curve at the cost that was spent, minus the accuracy here; bootstrapped 95 % limits. The "
-        "curve: the same policy refitted on val at 25 budgets (9 if it learns) and those asked, on test, joined by straight lines",
+        "curve: the same policy refitted on val at 25 budgets (9 if it has a seed) and those asked, on test, joined by straight lines",
     ),
     "recovered": Metric(
         "%", "higher", 0, "1 - regret / regret of the arm kept; absent where the lower limit of the latter is not over 0"

@@ -46,7 +46,12 @@ class GraphNet(Deployable, ABC):
         self.bits = self._read_bits() if bits is None else dict(bits)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What an engine has made cannot be pickled; another process makes its own.
+        # What an engine has made cannot be pickled; graphs can, and a process that times links shall not have to write them.
+        for k in range(self.n_exits):
+            self.graph(Segment(k, k + 1, None))
+            self.graph(Segment(k + 1, k + 1, k))
+        for segment in self.plan(range(self.n_exits)):
+            self.graph(segment)
         return {**self.__dict__, "_graphs": {}}
 
     def open(self, threads: int) -> None:

@@ -9,7 +9,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-Gradient = list[Tensor | None]  # one per parameter; None where the task does not touch it
+Gradient = list[Tensor | None]  # one per parameter; None, or zeros, where the task does not touch it
 
 
 class OSGD:
@@ -45,17 +45,20 @@ def orthogonalized(gradients: Sequence[Gradient], per_tensor: bool = False) -> l
 
     In turn for j = 1 .. s-1: g_s -= <g_s, g'_j> / |g'_j|^2 g'_j, where the inner product, the norm and the
     subtraction run over the parameters that both tasks touch, all of them as one vector (``per_tensor``: each tensor
-    by itself): what belongs to one task alone, such as its head, neither moves nor counts. Where each task touches
-    all the shared parameters that an earlier one does, as the exits of a chain, g'_s ends orthogonal to every g'_j
-    over what they share. An earlier gradient of zero takes nothing off.
+    by itself): what belongs to one task alone, such as its head, neither moves nor counts. A gradient of zeros counts
+    as none: that is what torch gives through the stacked logits of all exits. Where each task touches all the shared
+    parameters that an earlier one does, as the exits of a chain, g'_s ends orthogonal to every g'_j over what they
+    share. An earlier gradient of zero takes nothing off.
     """
     done: list[Gradient] = []
     for gradient in gradients:
         new = list(gradient)
         for earlier in done:
-            both = [i for i, (a, b) in enumerate(zip(new, earlier, strict=True)) if a is not None and b is not None]
+            # Zeros where this task touches nothing, by a choice on the device.
+            seen = [b if a is None or b is None else torch.where(a.any(), b, 0) for a, b in zip(gradient, earlier, strict=True)]
+            both = [i for i, (a, b) in enumerate(zip(new, seen, strict=True)) if a is not None and b is not None]
             for vector in [[i] for i in both] if per_tensor else [both]:
-                _take_off(new, earlier, vector)
+                _take_off(new, seen, vector)
         done.append(new)
     return done
 

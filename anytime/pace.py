@@ -19,10 +19,10 @@ def seconds(records: Iterable[Record]) -> dict[tuple[str, ...], float]:
     """Median wall time of eval records by (data set, model, kind of backend, backend), and by coarser names where that was never run."""
     seen: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for r in records:
-        wall = r.facts.get("wall_s", {})
+        wall, said = r.facts.get("wall_s", {}), [str(r.facts.get(name, "")) for name in ("dataset", "model", "backend")]
         if r.kind != "eval" or "all" not in wall:
             continue
-        names = _names(r.facts["dataset"], r.facts["model"], r.facts["backend"])
+        names = _names(*said)
         for n in range(1, len(names) + 1):
             seen[names[:n]].append(wall["all"])
     return {name: median(values) for name, values in seen.items()}

@@ -15,7 +15,7 @@ from anytime.errors import Infeasible, Leak, Unsupported, UsageError
 from anytime.metrics import Bools, Floats, Ints, Predictions, take
 from anytime.spec import Spec
 
-HALVINGS = 12  # of the range of budgets, where a wanted accuracy is searched for: 1/4096 of it
+HALVINGS = 12  # of the range of budgets, where a wanted accuracy is searched for: 1/4096 of it; and steps of the grid over it
 
 P = TypeVar("P", bound="Policy")
 
@@ -37,6 +37,7 @@ class Policy(Spec, ABC):
     """
 
     bound: ClassVar[bool] = False  # True: it knows what no board can know (a label, a sample's place), and is none's to run
+    promises: ClassVar[bool] = False  # True: it guarantees something against the last exit, which must stay the network's
     least_exits: ClassVar[int] = 2  # networks with fewer leave it nothing to decide
 
     temperatures: tuple[float, ...] = field(default=(), kw_only=True)
@@ -69,8 +70,8 @@ class Policy(Spec, ABC):
     def fit_accuracy(self, val: Predictions, cost: PathCost, accuracy: float) -> Policy:
         """The cheapest copy whose accuracy on ``val``, a share in [0, 1], is at least ``accuracy``.
 
-        Exact where a policy's settings can be listed (see ``Listed``); else by halving the range of budgets, which is the
-        cheapest that was found. Errors as ``fit``; Infeasible, with the best accuracy that was found in its field ``best``.
+        Exact where a policy's settings can be listed (see ``Listed``); else the cheapest that was found by halving the range of
+        budgets. Errors as ``fit``; Infeasible, with the best accuracy that was found in its field ``best``.
         """
         self._may_see(val)
         return self._learned(val)._fit_accuracy(val, cost, accuracy)
@@ -119,27 +120,33 @@ class Policy(Spec, ABC):
         return self._halve(val, cost, accuracy, float(costs[np.isfinite(costs)].max()))
 
     def _halve(self, val: Predictions, cost: PathCost, accuracy: float, high: float) -> Policy:
-        """The cheapest that is found by halving the budgets under ``high``."""
-        low, budget, best = float(self.costs(val.n_exits, cost).min()), high, -math.inf
+        """The cheapest that is found by halving the budgets under ``high``, or where that fails under the least of a grid that does."""
+        low, best = float(self.costs(val.n_exits, cost).min()), -math.inf
         found: list[tuple[float, Policy]] = []
-        for _ in range(HALVINGS + 1):
-            right = -math.inf
+
+        def reaches(budget: float) -> bool:
+            nonlocal best
             try:
                 fitted = self._fit(val, cost, budget)
-                exits = fitted.leave(val)
-                right = float(take(fitted.right(val), exits).mean())
             except Infeasible:
-                pass
+                return False
+            exits = fitted.leave(val)
+            right = float(take(fitted.right(val), exits).mean())
             best = max(best, right)
             # Not "right < accuracy": NaN must not pass.
             if right >= accuracy:
                 found.append((fitted.spends(exits, val.n_exits, cost), fitted))
-                high = budget
-            elif budget == high:
+            return right >= accuracy
+
+        if not reaches(high):  # a deep exit may undo what one before it had right, so less may do
+            grid = np.linspace(low, high, HALVINGS + 1)[:-1].tolist()
+            enough = next((i for i, budget in enumerate(grid) if reaches(budget)), None)
+            if enough is None:
                 raise self._out_of_reach(accuracy, best)
-            else:
-                low = budget
-            budget = (low + high) / 2
+            low, high = grid[max(enough - 1, 0)], grid[enough]
+        for _ in range(HALVINGS if low < high else 0):
+            middle = (low + high) / 2
+            low, high = (low, middle) if reaches(middle) else (middle, high)
         return min(found, key=lambda f: f[0])[1]
 
     # Deciding --------------------------------------------------------------------------------------------------
@@ -183,7 +190,8 @@ class Policy(Spec, ABC):
     def tempered(self: P, temperatures: Sequence[float]) -> P:
         """A copy that divides the logits of exit k by ``temperatures[k]`` before it decides.
 
-        The class that an exit says stays the same; how sure it says to be does not. UsageError unless all are over 0.
+        The class that an exit says stays the same (that of several together need not); how sure it says to be does not.
+        UsageError unless all are over 0.
         """
         if not all(0 < t < math.inf for t in temperatures):
             raise UsageError(f"{self.label}: temperatures must be finite and over 0, not {tuple(temperatures)}")
@@ -195,6 +203,10 @@ class Policy(Spec, ABC):
         As nearly as the scores can be divided. Unsupported for policies without thresholds of their own at each exit.
         """
         raise Unsupported(f"{self.label} has no threshold at each exit, so it cannot be made to send given shares out of them")
+
+    def tempered_all(self, logits: Floats) -> Floats:
+        """Logits [E, N, K] of every exit, with the temperatures in them."""
+        return logits / np.array(self.temperatures)[:, None, None] if self.temperatures else logits
 
     def _tempered(self, logits: Floats) -> Floats:
         if not self.temperatures:

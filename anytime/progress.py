@@ -57,7 +57,7 @@ class Bars:
 
     def log(self, line: str) -> None:
         """A line that stays."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def span(seconds: float) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,10 +151,30 @@ def _no_number(text: str) -> float:
 
 
 def newest(records: Sequence[tuple[Record, Path]]) -> dict[str, tuple[Record, Path]]:
-    """fact -> its newest record; a skip gives way to what another machine could do, and a fail to what was finished after it."""
+    """fact -> its newest record; a skip gives way to what another machine could do, and a fail to what was finished after it.
+
+    What was decided and timed of a network that was made anew since, and is another now, is not there.
+    """
     best: dict[str, tuple[Record, Path]] = {}
+    since = made(records)
     for record, path in records:
         old = best.get(record.fact)
-        if old is None or not (record.kind == "skip" and old[0].kind not in ("skip", "fail")):
+        if not is_stale(record, since) and (old is None or record.kind != "skip" or old[0].kind in ("skip", "fail")):
             best[record.fact] = (record, path)
     return best
+
+
+def made(records: Iterable[tuple[Record, Path]]) -> dict[str, str]:
+    """cell -> since when its predictions are what they are now, or cannot be made any more."""
+    found: dict[str, tuple[str, Any]] = {}
+    for r, _ in sorted(records, key=lambda item: item[0].created):
+        if r.of == "eval" and r.kind != "skip":
+            scores = [(exit.get("exit"), exit.get("accuracy"), exit.get("macs")) for exit in r.exits]
+            if found.get(r.cell, ("", None))[1] != scores:
+                found[r.cell] = r.created, scores
+    return {cell: created for cell, (created, _) in found.items()}
+
+
+def is_stale(record: Record, since: Mapping[str, str]) -> bool:
+    """Whether it says something of a network that is another now: ``since`` as ``made`` gives it."""
+    return record.of != "eval" and record.created < since.get(record.cell, "")

@@ -74,15 +74,15 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
     session is shared, over what was pooled. ``loss`` is paired, sample by sample, with the reference backend of the same
     model at the same exit, or under the same policy and budget refitted; with several seeds each is paired with its own
     reference, then value and limits are averaged. It is NaN on the reference's own rows, and where a policy answers anything
-    but the class of the exit taken. ``static_loss`` is the same against the network without exits in the reference backend,
-    ``static_macs`` the MACs as a share of that one's. What a policy row says of params, bytes and agreement is the whole
-    network's; what it says of decisions is explained by the glossary (metrics.METRICS), its limits are bootstrapped (one seed) or
-    t-intervals over seeds. ``step`` names the one field in which the backend differs from another one of the experiment, which
-    has it by default; ``step_gain`` is what that field gives, paired (steps.py). ``bound``: a policy that no board can run;
-    ``floor``: what flips come to without any compression, by another engine or by training again. ``front``: see
-    ``mark_front``; ``of`` names the fact that a row reports (eval, measure, decide, replay) or that its skip or fail stands in
-    for; ``variant`` the fields in which cells of equal labels differ. ``attrs`` carry exp, question, troubles (a sentence per
-    file that could not be used) and provenance (lines).
+    but the class of the exit taken and its record (an old one) does not say of which samples that is right. ``static_loss`` is
+    the same against the network without exits in the reference backend, ``static_macs`` the MACs as a share of that one's. What
+    a policy row says of params, bytes and agreement is the whole network's; what it says of decisions is explained by the
+    glossary (metrics.METRICS), its limits are bootstrapped (one seed) or t-intervals over seeds. ``step`` names the one field
+    in which the backend differs from another one of the experiment, which has it by default; ``step_gain`` is what that field
+    gives, paired (steps.py). ``bound``: a policy that no board can run; ``floor``: what flips come to without any compression,
+    by another engine or by training again. ``front``: see ``mark_front``; ``of`` names the fact that a row reports (eval,
+    measure, decide, replay) or that its skip or fail stands in for; ``variant`` the fields in which cells of equal labels
+    differ. ``attrs`` carry exp, question, troubles (a sentence per file that could not be used) and provenance (lines).
     Raises UsageError where no record of ``exp`` lies.
     """
     loaded = record.load(records_root, exp)

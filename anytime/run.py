@@ -6,10 +6,8 @@ import os
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -45,7 +43,8 @@ from anytime.scoring import (
 )
 from anytime.spec import defaults, key, plain
 from anytime.train import Progress, silent
-from anytime.workshop import Workshop
+from anytime.workers import workers
+from anytime.workshop import Workshop, delete
 
 Log = Callable[[str], None]
 T = TypeVar("T")
@@ -202,20 +201,11 @@ class Runner:
 
     def _in_parallel(self, groups: list[list[Fact]], jobs: int) -> None:
         threads = max(1, torch.get_num_threads() // jobs)
-        pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-        try:
+        with workers(jobs) as pool:
             futures = {pool.submit(_group, self.exp, self.results, facts, threads, self.debug): facts for facts in groups}
             for done in as_completed(futures):
                 self._of_readable(futures[done][0].cell.data, lambda done=done: self._say_all(done.result()))  # type: ignore[misc]
                 self._count(futures[done])
-        except BrokenProcessPool as error:
-            raise AnytimeError(
-                f"one of {jobs} processes was killed, most likely for want of memory: run again with fewer JOBS (--jobs)"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # interrupted, nobody waits for what others have begun
-            for process in active_children():
-                process.terminate()
         self.known = self._records()
 
     def _say_all(self, lines: Sequence[str]) -> None:
@@ -368,7 +358,8 @@ class Runner:
                 "offline_accuracy": float((answers == offline.labels).mean()),
                 "same_exits": float((ran.exits == exits).mean()), "same_answers": float((ran.answers == answers).mean()),
                 "share": (np.bincount(ran.exits, minlength=offline.n_exits) / len(x)).tolist(),
-                **percentiles(ran.wall_ms.ravel()), "latency_ms_mean": float(ran.wall_ms.mean()), "cpu_ms": float(ran.cpu_ms.mean()),
+                "n_timed": ran.readings_ms.size,
+                **percentiles(ran.readings_ms), "latency_ms_mean": float(ran.wall_ms.mean()), "cpu_ms": float(ran.cpu_ms.mean()),
             }  # fmt: skip
             self._write(
                 fact, "replay", points=[point], facts={"device": ran.facts, "decides": fact.needs[0], "session": self.session}

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from ast import literal_eval
@@ -37,9 +38,9 @@ class Spec:
             value, hint = getattr(self, f.name), hints.get(f.name, Any)
             if _fits(value, hint):
                 continue
-            if type(value) is not int or not _fits(float(value), hint):
+            if not _fits(widened := _widened(value, hint), hint):
                 raise UsageError(f"{type(self).__name__}: {f.name}={value!r} must be {_say(hint)}{_meant(value, hint)}")
-            object.__setattr__(self, f.name, float(value))
+            object.__setattr__(self, f.name, widened)
 
     @property
     def label(self) -> str:
@@ -142,11 +143,10 @@ def _override(obj: Any, steps: list[str], text: str, path: str, hint: Any = Any)
 
 
 def _override_tuple(obj: tuple[Any, ...], head: str, rest: list[str], text: str, path: str, hint: Any) -> Any:
-    args = typing.get_args(hint)
-    item_hint = args[0] if args else Any
+    hints = _item_hints(hint, len(obj))
     if head == "*":
         done, last_error = [], None
-        for item in obj:
+        for item, item_hint in zip(obj, hints, strict=True):
             try:
                 done.append(_override(item, rest, text, path, item_hint))
             except UsageError as error:
@@ -155,23 +155,31 @@ def _override_tuple(obj: tuple[Any, ...], head: str, rest: list[str], text: str,
         if last_error is not None and all(a is b for a, b in zip(done, obj, strict=True)):
             raise last_error
         return tuple(done)
-    if not head.lstrip("-").isdigit() or not -len(obj) <= int(head) < len(obj):
+    if not re.fullmatch("-?[0-9]+", head) or not -len(obj) <= int(head) < len(obj):
         raise UsageError(f"--set {path}: {head!r} is no index into {len(obj)} elements; use 0 to {len(obj) - 1}, or *")
     i = int(head) % len(obj)
-    return (*obj[:i], _override(obj[i], rest, text, path, item_hint), *obj[i + 1 :])
+    return (*obj[:i], _override(obj[i], rest, text, path, hints[i]), *obj[i + 1 :])
+
+
+def _item_hints(hint: Any, n: int) -> list[Any]:
+    """The type of each of ``n`` elements of a tuple."""
+    args = typing.get_args(hint)
+    if len(args) == n and args[1:] != (Ellipsis,):
+        return list(args)
+    return [args[0] if args else Any] * n
 
 
 def _value(text: str, old: Any, hint: Any, path: str) -> Any:
-    if isinstance(old, str) and _fits(text, hint):
-        return text
     try:
         new = literal_eval(text)
     except (ValueError, SyntaxError):
         new = text
+    if isinstance(old, str) and not isinstance(new, str) and _fits(text, hint):
+        return text  # "1" of a field that holds words
     if isinstance(new, list):
         new = tuple(new)
-    if isinstance(new, int) and not isinstance(new, bool) and _fits(float(new), hint) and not _fits(new, hint):
-        new = float(new)
+    if not _fits(new, hint):
+        new = _widened(new, hint)
     if not _fits(new, hint):
         raise UsageError(f"--set {path}={text}: it must be {_say(hint)}, for example {path}={_example(old, hint)}")
     return new
@@ -199,6 +207,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def _widened(value: Any, hint: Any) -> Any:
+    """``value`` with whole numbers as floats, in tuples too, where ``hint`` wants floats."""
+    if isinstance(value, tuple):
+        return tuple(_widened(v, h) for v, h in zip(value, _item_hints(hint, len(value)), strict=True))
+    return float(value) if type(value) is int and not _fits(value, hint) and _fits(float(value), hint) else value
 
 
 def _say(hint: Any) -> str:

@@ -27,7 +27,9 @@ def entropy(logits: np.ndarray) -> np.ndarray:
 
 
 def margin(logits: np.ndarray) -> np.ndarray:
-    """Lead of the largest softmax probability over the second [..., K] -> [...], in [0, 1]. High is confident."""
+    """Lead of the largest softmax probability over the second, of one class all, [..., K] -> [...], in [0, 1]. High is confident."""
+    if logits.shape[-1] == 1:
+        return max_probability(logits)
     e = np.exp(_shifted(logits))
     total = np.add.reduce(e, -1)
     e.partition(-2, -1)
@@ -54,7 +56,8 @@ def scheduled(logits: np.ndarray, classes: np.ndarray, features: np.ndarray) -> 
     """EENet's score of each exit that was read [k+1, B, K] -> [k+1, B], in [0, 1]. High is confident.
 
     ``classes`` [E-1, K], row k for exit k, weigh its probabilities; ``features`` [E-1, E] the largest of them, 1 less their
-    entropy as a share of the largest possible, and the scores of the exits before.
+    entropy as a share of the largest possible, and the sums of the exits before, clamped to [0, 1]. The score is the sum s
+    itself, brought into [0, 1] as (1 + s / (1 + |s|)) / 2, which keeps every rank: clamped ones would tie.
     """
     n = logits.shape[0]
     z = _shifted(logits)
@@ -62,12 +65,10 @@ def scheduled(logits: np.ndarray, classes: np.ndarray, features: np.ndarray) -> 
     total = np.add.reduce(e, -1)
     # As in entropy(): 1 less its share.
     sure = 1.0 - (np.log(total) - np.add.reduce(e * z, -1) / total) / np.log(logits.shape[-1])
-    q = np.add.reduce(e * classes[:n, None], -1) / total + features[:n, :1] / total + features[:n, 1:2] * sure
-    for k in range(n):
-        if k:
-            q[k] += np.add.reduce(features[k, 2 : k + 2, None] * q[:k], 0)
-        np.minimum(np.maximum(q[k], 0.0, out=q[k]), 1.0, out=q[k])
-    return np.asarray(q)
+    sums = np.add.reduce(e * classes[:n, None], -1) / total + features[:n, :1] / total + features[:n, 1:2] * sure
+    for k in range(1, n):
+        sums[k] += np.add.reduce(features[k, 2 : k + 2, None] * np.minimum(np.maximum(sums[:k], 0.0), 1.0), 0)
+    return np.asarray((1.0 + sums / (1.0 + np.abs(sums))) / 2.0)
 
 
 def at_first(logits: np.ndarray) -> np.ndarray:

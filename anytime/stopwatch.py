@@ -21,7 +21,7 @@ from anytime.execute import Executor
 from anytime.metrics import Floats
 from anytime.policy import Policy
 
-TURN, REFRESH = 8, 3  # batches of a turn; untimed ones before them
+TURN, REFRESH = 8, 3  # readings of a turn; untimed ones before them
 
 
 class _Links:
@@ -30,6 +30,7 @@ class _Links:
     def __init__(self, net: Deployable) -> None:
         self.net = net
         self.links = [(Segment(k, k + 1, None), Segment(k + 1, k + 1, k)) for k in range(net.n_exits)]
+        self.segments = [segment for link in self.links for segment in link]
 
     def go(self, sample: Floats) -> list[list[int]]:
         start, step, state = self.net.start, self.net.step, None
@@ -51,11 +52,9 @@ class _Links:
 class _Replay:
     """One policy on its network's plan, sample by sample: ``go`` answers one row of wall ns, CPU ns, exit and class."""
 
-    def __init__(self, net: Deployable, policy: Policy, sample: Floats) -> None:
+    def __init__(self, net: Deployable, policy: Policy) -> None:
         self.executor = Executor(net, policy, 1)
-        state = net.start(sample)
-        for segment in self.executor.plan:  # once to the end, for engines that make themselves ready at first use
-            state, _ = net.step(segment, state)
+        self.segments = self.executor.plan
 
     def go(self, sample: Floats) -> list[list[int]]:
         one = self.executor.one
@@ -71,6 +70,7 @@ class _Batches:
 
     def __init__(self, net: Deployable, policy: Policy, batch: int) -> None:
         self.executor = Executor(net, policy, batch)
+        self.segments = self.executor.plan
 
     def go(self, samples: Floats) -> list[list[int]]:
         c0, w0 = process_time_ns(), perf_counter_ns()
@@ -79,6 +79,16 @@ class _Batches:
         w1, c1 = perf_counter_ns(), process_time_ns()
         wall, spent = (w1 - w0) // len(samples), (c1 - c0) // len(samples)
         return [[wall, spent, int(exit), int(label)] for exit, label in zip(answers.exits, said, strict=True)]
+
+
+def _ready(net: Deployable, segments: Sequence[Segment], x: Floats, beat: Callable[[], None]) -> None:
+    """Run x [B, ...] once through every segment, for engines that make themselves ready at first use."""
+    state = entered = net.start(x)
+    for segment in segments:
+        after, _ = net.step(segment, entered if net.restarts and segment.stop > segment.first else state)
+        if segment.stop > segment.first:  # a head alone hands nothing on
+            state = after
+        beat()
 
 
 def _interleave(
@@ -151,32 +161,32 @@ def _child(jobs_file: str, report_file: str) -> None:
     beat = _pulse()
     beat()
     try:
-        threads, warmup, batch, jobs, x = pickle.loads(Path(jobs_file).read_bytes())
+        threads, warmup, batch, at_once, jobs, x = pickle.loads(Path(jobs_file).read_bytes())
     except (AttributeError, ImportError) as error:
         raise AnytimeError(
             f"a fresh process cannot import what it shall run ({error}): move the class into a module of its own"
         ) from error
-    at_once = batch if batch == 1 or jobs[0][1] is None else TURN * batch
     samples = [np.ascontiguousarray(x[r : r + at_once], dtype=np.float32) for r in range(0, len(x), at_once)]
     runs: list[_Links | _Replay | _Batches] = []
-    first_answer_ms, memory_mb = [], []
+    opening: list[dict[str, float | None]] = []  # what it takes, of each job; nothing where the network was open
     opened = set()
     for net, policy in jobs:
-        before, begun = _memory_mb(reset=True), perf_counter_ns()
-        if id(net) not in opened:
+        before, begun, new = _memory_mb(reset=True), perf_counter_ns(), id(net) not in opened
+        if new:
             net.open(threads)
             opened.add(id(net))
             beat()
         if policy is None:
             runs.append(_Links(net))
         else:
-            runs.append(_Replay(net, policy, samples[0]) if batch == 1 else _Batches(net, policy, batch))
-        runs[-1].go(samples[0])
-        first_answer_ms.append(1e-6 * (perf_counter_ns() - begun))
-        after = _memory_mb()
-        memory_mb.append(None if before is None or after is None else after - before)
-        beat()
-    report = _interleave(runs, samples, warmup, beat) | {"first_answer_ms": first_answer_ms, "memory_mb": memory_mb}
+            runs.append(_Replay(net, policy) if batch == 1 else _Batches(net, policy, batch))
+        _ready(net, runs[-1].segments, samples[0][:batch], beat)
+        took, after = 1e-6 * (perf_counter_ns() - begun), _memory_mb()
+        held = None if before is None or after is None else after - before
+        opening.append({"first_answer_ms": took, "memory_mb": held} if new else {})
+        if at_once > batch:  # few go on together, at last one alone
+            _ready(net, runs[-1].segments, samples[0][:1], beat)
+    report = _interleave(runs, samples, warmup, beat) | {"opening": opening}
     Path(report_file).write_bytes(pickle.dumps(report))
 
 

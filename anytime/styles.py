@@ -10,7 +10,7 @@ from typing import NamedTuple
 def md_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in line) + " |" for line in lines)
 
 
 def _text_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -46,4 +46,4 @@ MD = Style("  \n", md_table, str)
 PLAIN = Style("\n", _text_table, _starred)
 LATEX = Style("\n\n", _tex_table, lambda text: r"\par\footnotesize " + _tex(text))
 _TEX = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\^{}", "–": "--"})
-_TEX |= str.maketrans({"<": "$<$", ">": "$>$", "×": r"$\times$", "≤": r"$\le$", "†": r"\textdagger{}", "·": r"$\cdot$"})
+_TEX |= str.maketrans({"<": "$<$", ">": "$>$", "×": r"$\times$", "≤": r"$\le$", "≥": r"$\ge$", "→": r"$\to$", "†": r"\textdagger{}", "·": r"$\cdot$"})

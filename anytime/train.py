@@ -27,6 +27,7 @@ from anytime.weights import load_weights, save_weights
 
 TUNE_LR_SCALE = 0.1  # of the recipe's learning rate, wherever a trained network is trained on
 PER_BATCH_SCHEDULES = ("OneCycleLR", "CyclicLR")
+RATES = ("base_lr", "max_lr", "eta_min")  # arguments of schedules that are learning rates
 
 
 class Progress(Protocol):
@@ -43,9 +44,11 @@ def silent(what: str, done: int, total: int, left_s: float | None = None) -> Non
 class Recipe(Spec):
     """How a network is trained.
 
-    ``optimizer`` and ``schedule`` are torch's own names, with further arguments as ((name, value), ...).
-    ``loss`` is a strategy of losses.py. ``orthogonal`` takes later exits' gradients off the earlier ones' (OSGD), the
-    whole parameter vector that both touch or each tensor by itself. ``start`` "static" begins from the weights of the same
+    ``optimizer`` and ``schedule`` are torch's own names, with further arguments as ((name, value), ...). A schedule steps once an
+    epoch, OneCycleLR and CyclicLR once a batch; both cycle the momentum too (Adam's first beta), from 0.95 to 0.85 or from 0.9 to
+    0.8 and back, whatever ``optimizer_args`` say, unless ("cycle_momentum", False) forbids it.
+    ``loss`` is a strategy of losses.py. ``orthogonal`` takes off each later exit's gradient what lies along the earlier ones'
+    (OSGD), the whole parameter vector that both touch or each tensor by itself. ``start`` "static" begins from the weights of the same
     network without its exits, trained by the same recipe for ``trunk_epochs`` (0: as many as ``epochs``): BranchyNet's way, and
     the mixed regime of arXiv:2407.14320 (the trunk first, then all jointly).
     ``cutout`` paints a square of so many pixels over every image, after the data set's own augmentation.
@@ -62,7 +65,7 @@ class Recipe(Spec):
     optimizer: str = "AdamW"
     optimizer_args: tuple[tuple[str, float | bool], ...] = ()
     schedule: str = "CosineAnnealingLR"
-    schedule_args: tuple[tuple[str, float | bool | tuple[int, ...]], ...] = ()
+    schedule_args: tuple[tuple[str, float | int | bool | tuple[int, ...]], ...] = ()
     loss: Loss = Joint()
     orthogonal: Literal["no", "vector", "tensor"] = "no"
     start: Literal["scratch", "static"] = "scratch"
@@ -84,6 +87,9 @@ class Recipe(Spec):
             raise UsageError(
                 f"recipe: trunk_epochs={self.trunk_epochs} are those that start='static' begins with, and start is 'scratch'"
             )
+        for args, arg in (("optimizer_args", "lr"), ("schedule_args", "max_lr" if self.schedule == "OneCycleLR" else "")):
+            if arg in dict(getattr(self, args)):
+                raise UsageError(f"recipe.{args}: {arg} is what recipe.lr says: leave it out")
         _torch_name(torch.optim, self.optimizer, torch.optim.Optimizer, "optimizer")
         if self.schedule != "constant":
             _torch_name(torch.optim.lr_scheduler, self.schedule, torch.optim.lr_scheduler.LRScheduler, "schedule")
@@ -134,7 +140,6 @@ class Trainer:
         epochs: int | None = None,
         lr_scale: float = 1.0,
         precision: Literal["fp32", "bf16"] | None = None,
-        fresh: int | None = None,
         loss: Loss | None = None,
         each_epoch: Callable[[AnytimeModel, float], None] | None = None,
     ) -> AnytimeModel:
@@ -142,29 +147,30 @@ class Trainer:
 
         A training of this ``name`` that is already finished is loaded, an interrupted one goes on; what ends
         is equal to the uninterrupted run's weights bit by bit on the same CPU and thread count.
-        ``fresh=i`` first draws all weights anew (member i of an ensemble). ``each_epoch`` is called in training mode with
-        the share of the epochs that is done. What is given here instead of the recipe's must be named by ``name``.
-        Raises Diverged on a NaN loss.
+        With ``epochs`` a network that is trained already goes on for so many, at ``lr_scale`` times the recipe's learning rates
+        and under its loss as it is at the end of a training. ``each_epoch`` is called in training mode with the share of the
+        epochs that is done. What is given here instead of the recipe's must be named by ``name``.
+        Raises Diverged on a loss or on weights that are not finite.
         """
         recipe = replace(
             self.recipe,
             epochs=self.recipe.epochs if epochs is None else epochs,
             lr=self.recipe.lr * lr_scale,
+            schedule_args=tuple(
+                (arg, value * lr_scale if arg in RATES and isinstance(value, float | int) else value)
+                for arg, value in self.recipe.schedule_args
+            ),
             precision=precision or self.recipe.precision,
             loss=loss or self.recipe.loss,
         )
-        seed = self.train_seed * 1000 + (fresh or 0)
-        if fresh is not None:
-            torch.manual_seed(seed)
-            for m in model.modules():
-                getattr(m, "reset_parameters", lambda: None)()
+        ended = epochs is not None
         if self.folder is None:
-            _run(model, recipe, self, seed, name, None, each_epoch)
+            _run(model, recipe, self, name, None, each_epoch, ended)
         else:
             place = self.folder / self.place(name)
             with locked(place):
                 if not self._load_finished(model, name):
-                    _run(model, recipe, self, seed, name, place, each_epoch)
+                    _run(model, recipe, self, name, place, each_epoch, ended)
         return model.eval()
 
     def once(self, model: AnytimeModel, name: str, change: Callable[[], dict[str, str]]) -> dict[str, str]:
@@ -214,16 +220,18 @@ class Trainer:
 
 
 def _run(
-    model: AnytimeModel, recipe: Recipe, trainer: Trainer, seed: int, name: str, place: Path | None,
-    each_epoch: Callable[[AnytimeModel, float], None] | None,
+    model: AnytimeModel, recipe: Recipe, trainer: Trainer, name: str, place: Path | None,
+    each_epoch: Callable[[AnytimeModel, float], None] | None, ended: bool,
 ) -> None:  # fmt: skip
+    """``ended``: the loss's own schedule is over, as it is where a trained network is trained on."""
     x, y = trainer.train.x, trainer.train.y  # stay on the host, and augmentation does: batches are moved
     device = _device(recipe.device)
     layout = torch.channels_last if recipe.channels_last and x.ndim == 4 else torch.contiguous_format
     model.to(device, memory_format=layout)  # type: ignore[call-overload]
     recipe.loss.begin(model)
     forward = _compiled(model) if recipe.compile else model
-    steps = math.ceil(len(y) / recipe.batch)
+    sizes, seed = _batch_sizes(len(y), recipe.batch), trainer.train_seed * 1000
+    steps = len(sizes)
     optimizer, schedule = _optimizer(model, recipe, steps)
     started = time.perf_counter()
     first, spent = 0, 0.0
@@ -242,7 +250,7 @@ def _run(
         recipe.loss.epoch(model)
         if each_epoch is not None:
             each_epoch(model, epoch / recipe.epochs)
-        for step, i in enumerate(torch.split(torch.randperm(len(y), generator=draw), recipe.batch)):
+        for step, i in enumerate(torch.split(torch.randperm(len(y), generator=draw), sizes)):
             batch = x[i]
             if trainer.augment is not None:
                 batch = trainer.augment(batch, draw)
@@ -251,7 +259,7 @@ def _run(
             batch = batch.contiguous(memory_format=layout).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = forward(batch)
-            terms = recipe.loss(logits.float(), y[i].to(device), epoch / recipe.epochs, carried)
+            terms = recipe.loss(logits.float(), y[i].to(device), 1.0 if ended else epoch / recipe.epochs, carried)
             loss = terms.sum()
             value = loss.item()
             if not math.isfinite(value):
@@ -282,14 +290,25 @@ def _run(
             body = io.BytesIO()
             torch.save(state, body)
             write_atomically(place / "checkpoint.pt", body.getvalue())
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):  # no loss has seen the last step
+        raise Diverged(f"training {name!r} ended with weights that are not finite: lower recipe.lr (now {recipe.lr:g})")
     recipe.loss.end(model)
-    model.cpu().eval()
+    # In the layout that loaded weights have: another one is faster or slower, and differs in the last digit.
+    model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     model.trained_on = model.trained_on | {trainer.train.digest}
     if place is not None:
         wall_s = f"{spent + time.perf_counter() - started:.1f}"
         said = {"wall_s": wall_s, "device": _device_name(device), "precision": ", then ".join(computed)}
         save_weights(model, place / "weights.safetensors", said)
         (place / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _batch_sizes(n: int, batch: int) -> list[int]:
+    """Whole batches and the rest; a rest of one goes with the batch before it, for BatchNorm has no variance of one value."""
+    whole, rest = divmod(n, batch)
+    if rest == 1 and whole:
+        return [batch] * (whole - 1) + [batch + 1]
+    return [batch] * whole + [rest] * (rest > 0)
 
 
 def _device(name: str) -> torch.device:
@@ -318,17 +337,22 @@ def _compiled(model: AnytimeModel) -> Callable[[Tensor], Tensor]:
 
 
 def _torch_name(module: Any, name: str, base: type, what: str) -> Any:
-    names = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base)]
+    takes = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base)]
+    # The first two are what others derive from, the last waits for a score that no training here computes.
+    names = [n for n in takes if n not in ("Optimizer", "LRScheduler", "ReduceLROnPlateau") and not n.startswith("_")]
     if name not in names:
-        raise UsageError(f"recipe.{what}={name!r} is not in torch; {near(name, names)}")
+        why = "cannot be used here" if name in takes else "is not in torch"
+        raise UsageError(f"recipe.{what}={name!r} {why}; {near(name, names)}")
     return getattr(module, name)
 
 
 def _optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     make = _torch_name(torch.optim, recipe.optimizer, torch.optim.Optimizer, "optimizer")
     args = {"lr": recipe.lr, "weight_decay": recipe.weight_decay} | dict(recipe.optimizer_args)
+    what = "optimizer"
     try:
         optimizer = make([p for p in model.parameters() if p.requires_grad], **args)
+        what = "schedule"
         if recipe.schedule == "constant":
             return optimizer, None
         given: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.schedule_args}
@@ -337,8 +361,9 @@ def _optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.opti
         if recipe.schedule == "OneCycleLR":
             given = {"max_lr": recipe.lr, "total_steps": max(1, recipe.epochs * steps)} | given
         return optimizer, getattr(torch.optim.lr_scheduler, recipe.schedule)(optimizer, **given)
-    except TypeError as error:
-        raise UsageError(f"recipe: {recipe.optimizer} or {recipe.schedule} does not take its arguments: {error}") from error
+    except (TypeError, ValueError, NotImplementedError) as error:
+        said = f"recipe.{what}={getattr(recipe, what)!r} with {what}_args={getattr(recipe, f'{what}_args')}"
+        raise UsageError(f"{said} cannot train this network: {first_line(error)}") from error
 
 
 def _resume(

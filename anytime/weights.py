@@ -31,7 +31,7 @@ def save_weights(model: AnytimeModel, path: Path, facts: dict[str, str] | None =
 
 def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
     """Load what ``save_weights`` wrote, strictly, and return its facts. CorruptFile when a byte differs."""
-    fix = "delete its folder and run again"
+    fix = "delete it and run again"
     try:
         body, wanted = path.read_bytes(), path.with_suffix(".sha256").read_text().strip()
     except OSError as error:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import shutil
+import zlib
+from collections.abc import Iterable
+from dataclasses import fields
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -26,7 +30,7 @@ from anytime.metrics import Floats, Predictions
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.models.static import Static
 from anytime.quant.bias import reestimate_bn
-from anytime.spec import key
+from anytime.spec import Spec, key
 from anytime.train import Progress, Recipe, Trainer, silent
 
 Predicted = Literal["tune", "val", "hold", "test", "calib"]
@@ -84,8 +88,8 @@ class Workshop:
     def trainer(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> Trainer:
         """The trainer of a cell; its key names the training."""
         parts = self.data(data, seed)
-        # The content too: a user's own folder may change under the same name.
-        name = key(("training", data, model, recipe, train_seed, seed, parts.train.digest))
+        # The content too: a user's own folder or file may change under the same name.
+        name = key(("training", data, model, recipe, train_seed, seed, parts.train.digest, *_imported(model)))
 
         def say(what: str, done: int, total: int, left_s: float | None = None) -> None:
             self.progress(f"train {model.label} on {data.label}" + ("" if what == "base" else " again"), done, total)
@@ -129,7 +133,10 @@ class Workshop:
         parts = self.data(cell.data, cell.seed)
         held = _read_arrays(path) or {}
         digests = {name: getattr(parts, name).digest for name in PREDICTED}
-        known = dict(zip(PREDICTED, map(str, held.get("content", ())), strict=False))
+        learned = key((parts.train.digest, *_imported(cell)))  # what else the network hangs on that may change under one name
+        known = dict(zip((*PREDICTED, "learned"), map(str, held.get("content", ())), strict=False))
+        if known.get("learned", "" if cell.data.own else learned) != learned:  # published samples need not have said it
+            held = {}
         there = [name for name in PREDICTED if name in held and known.get(name) == digests[name]]
         if not set(wanted) <= set(there):
             net = self.net(cell)
@@ -141,7 +148,7 @@ class Workshop:
                 held[name] = net.predict(x) if len(x) else np.empty((net.n_exits, 0, parts.n_classes), np.float32)
                 self.progress(f"predict with {cell.model.label} {cell.backend.label}", i, len(lacking))
             there = list(PREDICTED)
-            held["content"] = np.array([digests[name] for name in PREDICTED])
+            held["content"] = np.array([*digests.values(), learned])
             self.wall_s.setdefault(key(cell), {})["predict"] = perf_counter() - t0
             _write_arrays(path, held)
         seen = frozenset(str(s) for s in held["trained_on"])
@@ -168,14 +175,18 @@ class Workshop:
     def keep_timing(self, fact: str, timing: Timing) -> None:
         """Keep raw times: records hold only their percentiles."""
         arrays = {n: getattr(timing, n) for n in ("stage_ms", "head_ms", "stage_cpu_ms", "head_cpu_ms")}
-        _write_arrays(self.cache / "timings" / f"{fact}.npz", {**arrays, "launches": np.array(timing.launches)})
+        flags = {n: np.array(getattr(timing, n)) for n in ("launches", "restarts")}
+        _write_arrays(self.cache / "timings" / f"{fact}.npz", arrays | flags)
 
     def timing(self, fact: str) -> Timing | None:
         """Raw times that were kept, or None."""
         held = _read_arrays(self.cache / "timings" / f"{fact}.npz")
         if held is None:
             return None
-        return Timing(held["stage_ms"], held["head_ms"], held["stage_cpu_ms"], held["head_cpu_ms"], int(held["launches"]), {})
+        return Timing(
+            held["stage_ms"], held["head_ms"], held["stage_cpu_ms"], held["head_cpu_ms"], int(held["launches"]), {},
+            restarts=bool(held.get("restarts", False)),
+        )  # fmt: skip
 
     def keep_answers(self, fact: str, logits: dict[str, Floats]) -> None:
         """Keep what a board's own engine answered when ``fact`` was measured: part -> logits [E, N, K]."""
@@ -210,6 +221,21 @@ def _loaded(spec: DatasetSpec, seed: int) -> Data:
     return spec.load(seed)
 
 
+def _imported(spec: object) -> tuple[str, ...]:
+    """sha256 of every file of weights that a spec names and that is there, but of one whose name bears it ("resnet20-12fca82f.th")."""
+    if isinstance(spec, tuple):
+        return tuple(digest for part in spec for digest in _imported(part))
+    if not isinstance(spec, Spec):
+        return ()
+    found = _imported(tuple(getattr(spec, f.name) for f in fields(spec)))
+    file = Path(getattr(spec, "weights", "")).expanduser() if isinstance(spec, ModelSpec) else Path()
+    if file.is_file():
+        with file.open("rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        found += () if digest[:8] in file.name else (digest,)
+    return found
+
+
 def _trunk(model: ModelSpec) -> ModelSpec:
     """The network without exits that it begins from; itself where it has none."""
     return Static(model) if model.exits_early else model
@@ -221,8 +247,11 @@ def _inherit(net: AnytimeModel, base: AnytimeModel, alike: bool) -> None:
         net.load_state_dict(copy.deepcopy(base.state_dict()))
     else:
         trunk = base.stages[0]
-        for k, stage in enumerate(net.stages):
-            stage.load_state_dict(copy.deepcopy(trunk[k].state_dict()))  # type: ignore[index]
+        if net.restarts:  # the last sub-network, whose slices the others share
+            net.stages[-1].load_state_dict(copy.deepcopy(trunk.state_dict()))
+        else:
+            for k, stage in enumerate(net.stages):
+                stage.load_state_dict(copy.deepcopy(trunk[k].state_dict()))  # type: ignore[index]
         net.heads[-1].load_state_dict(copy.deepcopy(base.heads[0].state_dict()))
     net.trained_on = base.trained_on
 

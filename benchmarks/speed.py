@@ -58,7 +58,7 @@ from anytime.policies.fixed import Fixed
 from anytime.policies.reading import Reading
 from anytime.policy import PathCost, Policy
 from anytime.quant.trace import traced
-from anytime.stopwatch import _Replay
+from anytime.stopwatch import _ready, _Replay
 from anytime.train import Recipe, Trainer
 from anytime.weights import load_weights
 
@@ -258,7 +258,8 @@ def host_code_us(net: GraphNet, policy: Policy, x: Floats) -> float:
     """us a segment outside the engine's own run: the median over samples of what is left of a replay, batch 1."""
     net = net.__class__(net.twin, net.bits, net.graph, net.facts)
     net.open(1)
-    replay = _Replay(net, policy, x[:1])
+    replay = _Replay(net, policy)
+    _ready(net, replay.segments, x[:1], lambda: None)
     for run in net._graphs.values():
         if isinstance(run, OnnxRuntimeGraph):
             run._session = Stopwatch(run._session, "run")

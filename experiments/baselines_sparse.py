@@ -2,10 +2,10 @@
 
     make exp EXP=baselines_sparse      (about 70 minutes on 2 quiet cores)
 
-SparseResNet, four exits, on CIFAR-10: five epochs of joint SGD against the same five epochs of OSGD, which takes the later
-exits' gradients off the earlier ones' over the whole vector of shared parameters; three training seeds, so the intervals are
-over trainings. The runs are short: they compare the two steps, not what the network can reach (exit_or_smaller trains it for
-60 epochs). It has not been run yet.
+SparseResNet, four exits, on CIFAR-10: five epochs of joint SGD against the same five epochs of OSGD, which takes off each later
+exit's gradient what lies along the earlier ones', over the whole vector of the parameters that both share; three training seeds, so
+the intervals are over trainings. The runs are short: they compare the two steps, not what the network can reach (exit_or_smaller
+trains it for 60 epochs). It has not been run yet.
 """
 
 from dataclasses import replace

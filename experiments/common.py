@@ -12,7 +12,8 @@ CHECKPOINT = "../shared/data/checkpoints/resnet20_cifar10/resnet20-12fca82f.th" 
 
 def cifar_recipe(loss: Loss) -> Recipe:
     """How every residual network on CIFAR-10 is trained here: SGD with one cycle of the learning rate, bf16,
-    60 epochs, a square of 8 pixels painted over. (40 epochs without it gave SDN ResNet-56 91.6 % on val and 98.2 % on train.)
+    60 epochs, a square of 8 pixels painted over. The cycle takes the momentum from 0.95 to 0.85 and back, whose mean is the 0.9
+    given here. (40 epochs without it gave SDN ResNet-56 91.6 % on val and 98.2 % on train.)
 
     About 45 s an epoch for a ResNet-20 on 2 quiet cores, nearly three times that for a ResNet-56.
     """

@@ -1,4 +1,4 @@
-"""What does 8-bit arithmetic do to a network that may stop early? The first table, on real digits, in about a minute.
+"""What does 8-bit arithmetic do to a network that may stop early? The first table, on real digits, in half a minute.
 
     make exp
 

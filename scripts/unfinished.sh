@@ -12,12 +12,16 @@ shopt -s nullglob
 
 case ${1:-} in
   pack)
-    rm -rf "$kept"
+    for folder in "$kept"/*/; do # what has come to its end since
+      name=$(basename "$folder")
+      if [ -e "$zoo/$name.safetensors" ] || [ -e "$cache/$name/weights.safetensors" ]; then rm -r "$folder"; fi
+    done
     for file in "$cache"/*/checkpoint.pt "$cache"/*-base/weights.{safetensors,sha256}; do
-      name=$(basename "$(dirname "$file")")
+      name=$(basename "$(dirname "$file")") what=$(basename "$file")
       if [ -e "$file" ] && [ ! -e "$zoo/$name.safetensors" ]; then
         mkdir -p "$kept/$name"
-        split --bytes=4M --additional-suffix=.part "$file" "$kept/$name/$(basename "$file")."
+        rm -f "$kept/$name/$what".*.part
+        split --bytes=4M --additional-suffix=.part "$file" "$kept/$name/$what."
         echo "packed $name: $(stat -c %s "$file") bytes"
       fi
     done ;;

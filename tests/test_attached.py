@@ -149,6 +149,35 @@ def test_a_network_of_ones_own():
     assert len(set(shared)) < len(shared)  # weights used on both sides of a cut stay one
 
 
+class Gated(nn.Module):
+    """A value that hangs on no sample is used on both sides of any cut; its second argument stays what it is."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, num_classes)
+        self.gate = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x, features=False):
+        gate = torch.sigmoid(self.gate)
+        x = F.relu(self.a(x) * gate)
+        if features:
+            return x
+        return self.fc(F.relu(self.b(x) * gate).mean((2, 3)))
+
+
+def test_the_state_holds_samples_only():
+    torch.manual_seed(0)
+    whole = Gated(num_classes=10).eval()
+    torch.manual_seed(0)
+    model, x = attached(Gated, "relu").build((3, 16, 16), 10).eval(), torch.randn(6, 3, 16, 16)
+    with torch.no_grad():
+        (state, _), left = in_turn(model, x), torch.tensor([1, 4])
+        assert state.shape == (6, 4, 14, 14)
+        # Those that have not left go on alone.
+        assert torch.allclose(model.heads[1](model.stages[1](state[left])), whole(x)[left], atol=1e-6)
+    assert model.stages[0].gate is model.stages[1].gate
+
+
 class Sized(nn.Module):
     """A size is read at the beginning and needed at the end."""
 
@@ -181,8 +210,8 @@ class Choosy(Sized):
 class Two(Sized):
     """Two inputs."""
 
-    def forward(self, x, y=1):
-        return super().forward(x) * y
+    def forward(self, x, y=(1,)):
+        return super().forward(x) * y[0]
 
 
 def tokens(num_classes):

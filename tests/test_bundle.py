@@ -5,6 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +18,23 @@ from PIL import Image
 
 import anytime
 from anytime import cpu, export, stops
+from anytime.backends.float import Float32
+from anytime.backends.onnxruntime import OnnxRuntime
+from anytime.backends.openvino import OpenVINO
+from anytime.backends.ptq import PTQ
 from anytime.board import board_test
 from anytime.bundle import fingerprint, policy_of
 from anytime.cells import find_cell
 from anytime.dataset import normalise
+from anytime.engine import OnnxRuntimeGraph, OpenVINOGraph
 from anytime.errors import AnytimeError, CorruptFile, Unsupported, UsageError, WriteError
 from anytime.execute import Executor
+from anytime.find import experiment
 from anytime.metrics import Predictions
 from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.fixed import Fixed
+from anytime.policies.patience import Patience
+from anytime.policies.reading import Reading
 from anytime.policies.sdn import SDN
 from anytime.spec import key, plain
 from tests.contracts import policy as contract
@@ -68,6 +79,11 @@ class Home:
 
     def choose(self, *words, policy=None, budget=None):
         return export.choose([str(self.exp), *words], (), self.results, policy, budget)
+
+    def choose_of(self, backend, policy=None, budget=None):
+        """Tiny, through another backend than those of the experiment, but of the same training."""
+        exp = replace(experiment(str(self.exp)), backends=(Float32(), backend))
+        return export.choose(["Tiny", backend.column], (), self.results, policy, budget, exp=exp)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +140,49 @@ def test_it_answers_as_its_policy_offline(home, tmp_path, words, label):
     same(sorted(net.stream(iter(shown), batch=16), key=lambda a: a.place), exits, logits, net.classes)
 
 
+def test_a_network_of_openvino_runs_in_openvino(home, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    to, chosen = tmp_path / "net", home.choose_of(OpenVINO(of=PTQ()), "MaxProb", 0.6)
+    export.write_bundle(chosen, to)
+    net = anytime.load(to)
+    assert isinstance(net.parts[0].run, OpenVINOGraph)
+    same(net.batch(images(chosen)), *offline(chosen, chosen.policy), net.classes)
+    assert "runs in openvino, as it was scored" in export.how_to_use(chosen, to, single=False)
+    with pytest.raises(Unsupported, match="a single file runs in ONNX Runtime, and OpenVINO"):
+        export.write_single(chosen, tmp_path / "net.onnx")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(
+        UsageError, match="openvino is not installed here: .* or pass engine='onnxruntime'; accuracy was measured under o"
+    ):
+        anytime.load(to)
+    saturated = pytest.warns(RuntimeWarning, match="saturates") if cpu.saturates() else warnings.catch_warnings()
+    with saturated:
+        assert isinstance(anytime.load(to, engine="onnxruntime").parts[0].run, OnnxRuntimeGraph)
+    rewrite(to, lambda m: (m.pop("engine"), m["provenance"]["net"].pop("saturates", None)))  # as older ones are
+    assert isinstance(anytime.load(to).parts[0].run, OnnxRuntimeGraph)
+
+
+def test_a_jump_runs_one_network_of_those_that_restart(home, tmp_path):
+    chosen = home.choose("Restarting", "INT8 PTQ")
+    export.write_bundle(chosen, tmp_path / "net")
+    net = anytime.load(tmp_path / "net")
+    assert [part.head for part in net.plan((1,))] == [1] and [part.head for part in net.plan((0, 1))] == [0, 1]
+    same(net.batch(images(chosen)), *offline(chosen, Fixed()), net.classes)
+
+
+def test_the_time_of_an_answer_is_all_of_it(chosen, bundle, monkeypatch):
+    net, said = anytime.load(bundle), stops.max_probability
+
+    def slow(logits):
+        time.sleep(0.03)
+        return said(logits)
+
+    net.policy = net._one.policy = Fixed()
+    monkeypatch.setattr(stops, "max_probability", slow)
+    for answer in (net(images(chosen, 1)[0]), *net.stream(images(chosen, 2))):
+        assert answer.ms > 30
+
+
 def test_the_user_may_bring_a_policy(home, tmp_path):
     chosen = home.choose("Tiny", "INT8 PTQ")
     export.write_bundle(chosen, tmp_path / "net")
@@ -168,7 +227,13 @@ def test_images_of_every_kind(chosen, bundle):
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda x: Image.fromarray(x).convert("P"), r"image 0 has a palette: give image.convert\('RGB'\)"),
+        *(
+            (
+                lambda x, mode=mode: Image.fromarray(x).convert(mode),
+                rf"image 0 is in PIL's mode {mode}: give image.convert\('RGB'\)",
+            )
+            for mode in ("P", "YCbCr", "HSV", "LAB")
+        ),
         (lambda x: x[:8], r"image 0 has the shape \(8, 16, 3\), the network takes \(16, 16, 3\)"),
         (lambda x: x.transpose(2, 0, 1), r"\(3, 16, 16\), the network takes \(16, 16, 3\)"),
         (lambda x: x[..., 0], r"has the shape \(16, 16\)"),
@@ -267,6 +332,12 @@ def test_questions_without_sense(bundle, tmp_path):
     for work, said in (
         (lambda: anytime.load(tmp_path), "is no bundle, it has no manifest.json"),
         (lambda: anytime.load(bundle, engine="onnxrunntime"), "did you mean 'onnxruntime'"),
+        (lambda: anytime.load(bundle, threads=-1), "threads=-1 is no number of threads"),
+        (lambda: anytime.load(bundle, policy=MaxProb()), "MaxProb: 0 thresholds are fitted, 2 are needed for the 3 exits"),
+        (lambda: anytime.load(bundle, policy=MaxProb(thresholds=(0.5,) * 4)), "4 thresholds are fitted, 2 are needed"),
+        (lambda: anytime.load(bundle, policy=Reading(of=MaxProb(), chosen=(0, 2))), "0 thresholds are fitted, 1 are needed"),
+        (lambda: anytime.load(bundle, policy=Patience()), "Patience.*call fit first"),
+        (lambda: anytime.load(bundle).batch(Image.new("RGB", (16, 16))), "Image holds no images .*for one image call net"),
     ):
         with pytest.raises(UsageError, match=said):
             work()
@@ -410,6 +481,35 @@ def test_a_full_disk_leaves_what_was_there(chosen, bundle, monkeypatch):
             export.write_bundle(chosen, to)
     assert {p.name: p.read_bytes() for p in bundle.iterdir()} == there
     assert {p.name for p in bundle.parent.iterdir()} == {"net"}
+
+
+@pytest.mark.parametrize("stops_it", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["disk", "Ctrl-C"])
+@pytest.mark.parametrize("when", ["after the older one was moved away", "before the new one is moved there"])
+def test_an_older_bundle_stays_until_the_new_one_is_there(chosen, bundle, monkeypatch, stops_it, when):
+    there, rename, n = {p.name: p.read_bytes() for p in bundle.iterdir()}, os.rename, iter(range(9))
+
+    def fails(old, new):
+        i = next(n)
+        if i == 1 and when.startswith("before"):
+            raise stops_it
+        rename(old, new)
+        if i == 0 and when.startswith("after"):
+            raise stops_it
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises((WriteError, KeyboardInterrupt)):
+        export.write_bundle(chosen, bundle)
+    assert {p.name: p.read_bytes() for p in bundle.iterdir()} == there
+    assert {p.name for p in bundle.parent.iterdir()} == {"net"}
+
+
+def test_what_is_printed_for_a_single_file_keeps_float_layers_float(home, tmp_path):
+    chosen = home.choose_of(OnnxRuntime(of=PTQ(keep_float=("stages.1.0.a", "stages.1.0.b"))))
+    to = export.write_single(chosen, tmp_path / "net.onnx")
+    said = {"x": chosen.shop.data(chosen.cell.data, 0).test.x[:1].numpy()}
+    exec(export.how_to_use(chosen, to, single=True), said)
+    chosen.net.open(1)
+    np.testing.assert_allclose(said["logits"], chosen.net.predict(said["x"])[-1], atol=1e-6)
 
 
 def test_a_single_file_is_written_beside_nothing_else(chosen, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,8 +129,8 @@ def test_jobs_give_the_same_rows(ran, tmp_path):
         (("run", "mine.py", "--set", "recipe.epochs=many"), "must be int"),
         (("run", "mine.py", "--set", "recipe.optimizer=SDG"), "did you mean 'SGD'"),
         (("run", "mine.py", "--set", "recipe"), "say which field and which value"),
-        (("run", "mine.py", "--set", "budgets=(0,)"), "must be tuple[float, ...]"),
-        (("run", "mine.py", "--set", "budgets=(0.0,)"), "must all be above 0"),
+        (("run", "mine.py", "--set", "budgets=('a',)"), "must be tuple[float, ...]"),
+        (("run", "mine.py", "--set", "budgets=(0,)"), "must all be above 0"),
         (("run", "mine.py", "--set", "backends=()"), "backends is empty"),
         (("run", "mine.py", "--format", "xls"), "no such format"),
         (("run", "mine.py", "--jobs", "0"), "give 1 or more"),
@@ -301,3 +302,39 @@ def test_values_that_no_record_could_hold(ran, said, sentence):
 
 def test_an_export_never_writes_over_other_things(ran):
     wrong(anytime("export", "mine.py", "B-LeNet", "FP32", "--to", ran, cwd=ran), 2, "holds other things than a bundle of ours")
+
+
+@pytest.mark.parametrize(
+    "said, argv",
+    [
+        (["FORCE=1", "ONLY=SDN ResNet-20 PTQ(8) it's"], ["--force", "--only", "SDN ResNet-20 PTQ(8) it's"]),
+        (["FORCE=0", "QUIET=no", "JSON=false"], []),
+        (["SET=arms=('refitted',) train_seeds=(0, 1)"], ["--set", "arms=('refitted',) train_seeds=(0, 1)"]),
+    ],
+)
+def test_make_passes_on_what_was_said(said, argv):
+    line = subprocess.run(["make", "-n", "exp", *said], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[
+        -1
+    ]
+    words = shlex.split(line)
+    assert [w for w in words if w in argv or w in ("--force", "--only", "--set", "--quiet", "--json")] == argv
+
+
+def test_make_deletes_nothing_when_it_is_told_no():
+    lines = [
+        subprocess.run(["make", "-n", "clean-cache", f"YES={yes}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for yes in ("1", "0", "no", "")
+    ]
+    assert ["--yes" in line for line in lines] == [True, False, False, False]
+
+
+def test_several_settings_in_one_word(ran):
+    code, out, _ = anytime(
+        "list", "mine.py", "--set", "train_seeds=(0, 1) arms=('refitted',)  recipe.epochs=3", "--json", cwd=ran
+    )
+    assert code == 0 and {fact["seed"] for fact in json.loads(out)["lines"]} == {"seed 0", "seed 1"}
+
+
+def test_a_terminal_without_our_signs_gets_question_marks(ran):
+    code, out, error = anytime("report", "mine", cwd=ran, env={"PYTHONIOENCODING": "ascii"})
+    assert code == 0 and "?" in out and "Traceback" not in error

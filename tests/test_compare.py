@@ -180,8 +180,37 @@ def test_what_only_one_has_is_listed_and_a_new_failure_is_worse(tmp_path):
     (worse,) = (p for p in said.pairs if p.verdict == "worse")
     assert (worse.metric, worse.a, worse.b) == ("status of eval", "done", "fail: the loss is NaN")
     text = as_markdown(said, tolerances([]))
+    assert said.lost == 3 and "3 lost (in A, not in B), " in text, "a policy, an exit and a network"
     assert "## Only in A" in text and "fail: the loss is NaN" in text
     assert all(isinstance(p["verdict"], str) for p in json.loads(as_json(said, tolerances([])))["pairs"])
+
+
+def test_what_b_has_lost_fails_and_what_another_experiment_never_had_does_not(tmp_path, capsys):
+    for name in "ab":
+        run(side(tmp_path, name))
+    a, b = (tmp_path / name / "records" / EXP for name in "ab")
+    next(b.glob("*decide*.json")).unlink()
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "1 lost (in A, not in B), " in capsys.readouterr().out
+    b.rename(b.with_name("other"))
+    assert main(["compare", str(a), str(b.with_name("other"))]) == 0
+
+
+def test_networks_are_paired_whatever_else_lies_beside_them(tmp_path):
+    def epochs(n, cell):
+        cell.spec = cell.spec | {"recipe": {**cell.spec["recipe"], "epochs": n}}
+        cell.name += f"-{n}"
+        return cell.eval([first(8), first(2 if n == 4 else 14)])
+
+    new = lambda to, n: epochs(n, Cell(to, 0, "B-LeNet", "PTQ", "INT8 PTQ", "torch"))  # noqa: E731
+    a, b, c = (side(tmp_path, name) for name in "abc")
+    new(a, 4)
+    new(b, 4)
+    new(b, 9)  # now both of b have a variant
+    assert {p.verdict for p in compared(tmp_path).pairs} == {"equal"} and not compared(tmp_path).only_a
+    new(c, 9)
+    said = compare(str(tmp_path / "a"), str(tmp_path / "c"), tmp_path, tolerances([]))
+    assert said.count("worse") and not said.only_a and not said.only_b, "of another recipe, but there is no other it could be"
 
 
 def test_two_experiments_of_other_names_are_compared_and_settings_that_differ_are_said(tmp_path):

@@ -55,7 +55,7 @@ KEEPERS = {p.label: p for p in keepers()}
 
 
 def test_the_walk_finds_them_all() -> None:
-    named = {"Fixed", "Patience", "GeometricSplit", "EENet", "RiskControl 0.05", "RiskControl 0.2 of accuracy", "Oracle"}
+    named = {"Fixed", "Patience", "GeometricSplit", "EENet, 4 steps", "RiskControl 0.05", "RiskControl 0.2 of accuracy", "Oracle"}
     searched = ("MaxProb", "Entropy", "Margin", "SDN", "ZTW")
     named |= {*searched, *(f"{name} per exit" for name in searched), "Random as Entropy", "Random as ZTW"}
     named |= {"Entropy reading at most 3 exits", "SDN reading exits 1, 2", "ZTW reading at most 2 exits"}

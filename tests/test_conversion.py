@@ -49,7 +49,7 @@ EXP = Experiment(
     boards=(Host(launches=1, warmup=1), Host(launches=1, warmup=1, batch=4)),
     arms=("refitted",),
     time_samples=8,
-    replay_samples=8,
+    replay_samples=32,  # 8 batches of 4
 )
 
 

@@ -19,6 +19,8 @@ from anytime.models.resnet import ResNet20
 from anytime.models.sdn import SDN
 from anytime.models.sparse_resnet import SparseResNet
 from anytime.models.static import Static
+from anytime.policies.fixed import Fixed
+from anytime.policies.risk import RiskControl
 from anytime.record import load
 from anytime.rows import rows
 from anytime.run import Runner
@@ -95,6 +97,12 @@ def test_suites_that_cannot_be_meant_are_refused():
         small(suites=(suite, replace(suite, models=(Tiny(width=4), suite.models[0]))))
     with pytest.raises(UsageError, match="a suite has no models"):
         small(suites=(replace(suite, models=(), others=((Tiny(), small().recipe),)),))
+
+
+def test_policies_that_a_table_could_not_tell_apart_are_refused():
+    small(policies=(RiskControl(), RiskControl(delta=0.01), Fixed()))
+    with pytest.raises(UsageError, match="two policies are called 'Fixed' in tables"):
+        small(policies=(Fixed(exit=0), RiskControl(), Fixed(exit=1)))
 
 
 def test_a_recipe_of_another_is_overridden_by_its_place():

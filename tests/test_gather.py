@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anytime import report
+from anytime import record, report
 from anytime.__main__ import main
+from anytime.gather import gather, key_of
 from tests.golden.make import EXP, Cell, Maker, first
 
 GOLDEN = Path(__file__).parent / "golden" / "records"
@@ -77,7 +78,8 @@ def test_an_accuracy_that_its_own_predictions_deny_is_not_paired(to):
 def test_two_records_of_one_fact_that_disagree_are_said_and_the_newer_one_is_used(to):
     Cell(to, 1, "B-LeNet", "PTQ", "PTQ", "torch").eval([first(8), first(5)])
     rows = report.rows(to.folder.parent, EXP)
-    (trouble,) = rows.attrs["troubles"]
+    trouble, gone = sorted(rows.attrs["troubles"], reverse=True)
+    assert gone == "2 records are left out: older than their network, which was made anew"
     assert "says other numbers of its fact than" in trouble and "which is newer and used" in trouble
     assert rows[(rows["backend"] == "PTQ") & (rows["policy"] == "exit 2")]["accuracy"].item() == 35 / 40
 
@@ -127,3 +129,85 @@ def test_what_may_not_be_written_or_read_is_a_sentence(to, tmp_path, capsys):
     assert main(["report", EXP, "--results", str(tmp_path), "--quiet"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("anytime: cannot write") and "change its rights" in err and err.count("\n") == 1
+
+
+def test_times_of_another_machine_or_engine_are_not_pooled(tmp_path):
+    to = Maker(tmp_path / "records")
+    cell = Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)])
+    cell.measure(0.5, 1.0).measure(0.7, 1.0)
+    rows = report.rows(to.folder.parent, EXP)
+    assert rows["latency_ms_p50"].iloc[0] == pytest.approx(0.6) and not rows.attrs["troubles"], "sessions of one machine are"
+    path = max(to.folder.glob("*measure*"))
+    said = json.loads(path.read_text())
+    said["facts"]["device"]["onnxruntime"] = "9.9"
+    path.write_text(json.dumps(said))
+    rows = report.rows(to.folder.parent, EXP)
+    assert rows["latency_ms_p50"].iloc[0] == 0.7
+    assert rows.attrs["troubles"] == [
+        "1 records are left out: times of another machine, setting or engine version than the newest of the same"
+    ]
+
+
+def test_what_was_decided_and_timed_of_a_network_that_is_another_now_is_left_out(tmp_path):
+    to = Maker(tmp_path / "records")
+    cell = Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)]).decide(20).measure(0.5, 1.0).replay(0.7)
+    cell.eval([first(8), first(4)])
+    rows = report.rows(to.folder.parent, EXP)
+    assert "Entropy" in set(rows["policy"]) and not rows.attrs["troubles"], "made again, it is the same"
+    cell.eval([first(8), first(5)])
+    rows = report.rows(to.folder.parent, EXP)
+    assert set(rows["policy"]) == {"exit 1", "exit 2"} and rows["latency_ms_p50"].isna().all()
+    assert "3 records are left out: older than their network, which was made anew" in rows.attrs["troubles"]
+    cell.decide(20)
+    assert "Entropy" in set(report.rows(to.folder.parent, EXP)["policy"])
+    cell.miss("fail", "eval", "it does not even begin")
+    assert set(report.rows(to.folder.parent, EXP)["status"]) == {"fail"}
+
+
+def columns(to):
+    return {(row.model, row.backend, row.column) for row in report.rows(to.folder.parent, EXP).itertuples()}
+
+
+def fields(cell, part="backend", **said):
+    """A cell whose spec says more."""
+    cell.spec = cell.spec | {part: cell.spec[part] | said}
+    return cell
+
+
+def test_one_column_is_one_arithmetic(tmp_path):
+    to = Maker(tmp_path / "records")
+    more = {"plain": {}, "wide": {"add_bits": 8}, "fast": {"observer": "minmax"}}
+    for position, (name, said) in enumerate(more.items()):
+        cell = fields(Cell(to, position, "B-LeNet", name, "INT4 PTQ", "fake-quant"), **said)
+        cell.spec["backend"]["is"] = "PTQ"
+        cell.eval([first(8), first(4)])
+    cell = fields(
+        Cell(to, 4, "B-LeNet", "brecq", "INT4 PTQ (BRECQ)", "fake-quant"), observer="minmax", add_bits=8, rounding="brecq"
+    )
+    cell.spec["backend"]["is"] = "PTQ"
+    cell.eval([first(8), first(4)])
+    # The same under an engine is the same arithmetic.
+    cell = Cell(to, 5, "B-LeNet", "engine", "INT4 PTQ", "ONNX Runtime")
+    cell.spec = cell.spec | {"backend": {"is": "OnnxRuntime", "version": 1, "of": {"is": "PTQ", "version": 1, "add_bits": 8}}}
+    cell.eval([first(8), first(4)])
+    assert {(backend, column) for _, backend, column in columns(to)} == {
+        ("plain", "INT4 PTQ"), ("wide", "INT4 PTQ, add_bits=8"), ("engine", "INT4 PTQ, add_bits=8"),
+        ("fast", "INT4 PTQ, observer=minmax"), ("brecq", "INT4 PTQ (BRECQ), add_bits=8, observer=minmax"),
+    }  # fmt: skip
+
+
+def test_no_two_arithmetics_of_the_committed_records_share_a_column():
+    root = Path(__file__).parent.parent / "results" / "records"
+    for exp in record.experiments(root):
+        seen: dict[tuple[str, ...], str] = {}
+        for n in gather(record.load(root, exp).records, []):
+            where = (n.place, n.model, n.variant, n.label("column"), n.label("execution"))
+            assert seen.setdefault(where, key_of(n.spec["backend"])) == key_of(n.spec["backend"]), (exp, where[3:])
+
+
+def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
+    to = Maker(tmp_path / "records")
+    for position, path in enumerate(("/a/photos", "/b/photos")):
+        fields(Cell(to, position, "B-LeNet", f"FP32 {path}", "FP32", "torch"), "data", path=path).eval([first(8), first(4)])
+    rows = report.rows(to.folder.parent, EXP)
+    assert set(rows["dataset"]) == {"Toy, path=/a/photos", "Toy, path=/b/photos"} and set(rows["variant"]) == {""}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from anytime.errors import AnytimeError, UsageError
 from anytime.metrics import Floats
 from anytime.policies.fixed import Fixed
 from anytime.policy import Policy
-from tests.contracts.board import K, N, Sure, chain, network, samples, simulated, sure
+from anytime.workshop import Workshop
+from tests.contracts.board import K, N, Sure, chain, network, onnx, samples, simulated, sure
 
 X = samples()
 
@@ -55,6 +57,16 @@ class Faulty(TorchNet):
             self.note.write_text(str(os.getpid()))
             os.kill(os.getppid(), signal.SIGINT)
         time.sleep(3600)
+
+
+class Sizes(TorchNet):
+    """Notes which segment ran on how many samples."""
+
+    ran: list[tuple[Segment, int]] = []
+
+    def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
+        self.ran.append((segment, len(state)))
+        return super().step(segment, state)
 
 
 class Closed(TorchNet):
@@ -135,13 +147,21 @@ def test_replays_in_this_test_are_of_different_kinds(replays: list[Replayed]) ->
 def test_batches_decide_and_answer_as_offline(jobs: list[tuple[Deployable, Policy]]) -> None:
     """Ten samples twice, batches of 2: 8 of them at a time are 16 samples, so that 4 are left."""
     x = np.concatenate([X, X])
-    for (net, policy), replay in zip(jobs, Host(launches=1, warmup=0, batch=2).run(jobs, x), strict=True):
+    replays = Host(launches=1, warmup=0, batch=2).run(jobs, x)
+    assert ["first_answer_ms" in replay.facts for replay in replays] == [
+        True,
+        True,
+        False,
+        False,
+    ]  # one network is there three times
+    for (net, policy), replay in zip(jobs, replays, strict=True):
         logits = net.predict(x, batch=1)
         exits = policy.exits(logits)
         assert replay.exits.tolist() == exits.tolist()
         assert replay.answers.tolist() == policy.answer(logits, exits).argmax(-1).tolist()
         assert [len(set(part)) for part in np.split(replay.wall_ms[0], [16])] == [1, 1]
         assert (replay.wall_ms > 0).all() and replay.wall_ms.shape == replay.cpu_ms.shape == (1, 2 * N)
+        assert replay.readings_ms.tolist() == [replay.wall_ms[0, 0], replay.wall_ms[0, 16]]
 
 
 def test_whole_batches_are_timed_link_by_link() -> None:
@@ -160,9 +180,60 @@ def test_times_are_of_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == pytest.approx((10e-6, 5e-6, 2e-6, 1e-6))
 
 
-def test_less_than_a_batch_cannot_be_timed() -> None:
-    with pytest.raises(UsageError, match="host, batch 16: 10 samples are less than one batch; give 16 or more"):
+def test_less_than_one_reading_cannot_be_timed() -> None:
+    with pytest.raises(UsageError, match="host, batch 16: 10 samples are less than the 16 of one reading; give 16 or more"):
         Host(batch=16).time([network(1)], X)
+    with pytest.raises(UsageError, match="host, batch 2: 10 samples are less than the 16 of one reading; give 16 or more"):
+        Host(batch=2).run([(network(1), Fixed(0))], X)
+
+
+def test_percentiles_are_of_readings_not_of_the_samples_that_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, lambda launch, net: [10, 9, 0, 0])
+    (one,) = Host(launches=3).run([(network(1), Fixed(0))], X)
+    (eight,) = Host(launches=3, batch=2).run([(network(1), Fixed(0))], np.tile(X, (4, 1, 1, 1)))
+    assert (one.readings_ms.size, eight.readings_ms.size) == (3 * N, 3 * 3)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_jump_pays_for_the_stages_that_it_runs(monkeypatch: pytest.MonkeyPatch, restarts: bool) -> None:
+    net = network(3)
+    net.twin.restarts = restarts
+    launched(monkeypatch, lambda launch, net: [1, 1, 0, 0, 10, 10, 0, 0, 100, 100, 0, 0])
+    (timing,) = Host(launches=1).time([net], X)
+    assert timing.path((2,), 2) == pytest.approx(1e-6 * (100 if restarts else 111))
+    assert timing.to_exit(2, (0, 2), cpu=True)[0] == pytest.approx(1e-6 * (101 if restarts else 111))
+    assert timing.to_exit(2)[0] == pytest.approx(1e-6 * 111)
+
+
+def test_kept_times_know_whether_stages_restart(tmp_path: Path) -> None:
+    ms, shop = np.ones((2, 3)), Workshop(tmp_path)
+    for restarts in (False, True):
+        timing = Timing(ms, ms, ms, ms, 1, {}, restarts=restarts)
+        shop.keep_timing("fact", timing)
+        kept = shop.timing("fact")
+        assert kept is not None and kept.path((1,), 1) == timing.path((1,), 1) == (2 if restarts else 3)
+
+
+def test_graphs_are_written_before_a_process_is_timed_that_needs_them() -> None:
+    net = onnx(3)
+    held = pickle.loads(pickle.dumps(net))
+    held._write = None  # what it needs now, it has
+    for segment in (*stopwatch._Links(held).segments, *held.plan(range(3))):
+        assert held.graph(segment) == net.graph(segment)
+
+
+def test_engines_make_themselves_ready_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For every segment, whole batches, and few samples that go on alone; only the first job of a network says what it takes."""
+    net = Sizes(chain(2), {}, simulated=False)
+    monkeypatch.setattr(stopwatch, "_interleave", lambda *_: {})
+    monkeypatch.setattr(Sizes, "ran", [])
+    jobs = [(net, Sure((0.0,), (0, 1))), (net, Fixed(0))]
+    (tmp_path / "jobs").write_bytes(pickle.dumps((torch.get_num_threads(), 0, 4, 8, jobs, X)))
+    stopwatch._child(str(tmp_path / "jobs"), str(tmp_path / "report"))
+    first, second = Segment(0, 1, 0), Segment(1, 2, 1)
+    assert Sizes.ran == [(first, 4), (second, 4), (first, 1), (second, 1), (first, 4), (first, 1)]
+    (whole, nothing) = pickle.loads((tmp_path / "report").read_bytes())["opening"]
+    assert whole.keys() == {"first_answer_ms", "memory_mb"} and nothing == {}
 
 
 def test_what_a_network_costs_before_its_first_answer(timings: list[Timing]) -> None:
@@ -279,6 +350,28 @@ class Ticking(Deployable):
         return []
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_every_segment_is_made_ready_with_the_state_that_it_gets(clock: Clock, restarts: bool) -> None:
+    class Strict(Ticking):
+        def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
+            if restarts and segment.stop > segment.first:
+                assert state == 0, "a stage that restarts got another one's state"
+                return (segment.stop if segment.head is None else state), super().step(segment, segment.first)[1]
+            return super().step(segment, state)
+
+    beats: list[int] = []
+    for run in (
+        stopwatch._Links(Strict(clock)),
+        stopwatch._Replay(Strict(clock), Fixed(2)),
+        stopwatch._Batches(Strict(clock), Sure((0.9,), (0, 2)), 2),
+    ):
+        net = run.net if isinstance(run, stopwatch._Links) else run.executor.net
+        net.restarts = restarts
+        beats.clear()
+        stopwatch._ready(net, run.segments, X[:2], lambda: beats.append(1))
+        assert net.calls == ["start", *map(tuple, run.segments)] and len(beats) == len(run.segments)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
@@ -309,8 +402,7 @@ def test_a_replay_runs_what_its_policy_reads_and_no_more(
     clock: Clock, thresholds: tuple[float, ...], reads: tuple[int, ...], plan: list[tuple[int, int, int]], ns: int, exit: int
 ) -> None:
     net = Ticking(clock)
-    replay = stopwatch._Replay(net, Sure(thresholds, reads), X[:1])
-    net.calls.clear()
+    replay = stopwatch._Replay(net, Sure(thresholds, reads))
     # Exit 0 is sure of nothing and says class 0; the others say their own index.
     assert replay.go(X[:1]) == [[5 * ns, 2 * ns, exit, exit]]
     assert net.calls == ["start", *plan]
@@ -326,7 +418,7 @@ def test_exit_tests_and_the_answer_are_part_of_a_replay(clock: Clock) -> None:
             clock.spend(1_000_000, 500_000)
             return super().answer(logits, exits)
 
-    (readings,) = stopwatch._Replay(Ticking(clock), Slow((0.9, 0.9), (0, 1, 2)), X[:1]).go(X[:1])
+    (readings,) = stopwatch._Replay(Ticking(clock), Slow((0.9, 0.9), (0, 1, 2))).go(X[:1])
     assert readings[:2] == [5 * 1081 + 2 * 100_000 + 1_000_000, 2 * 1081 + 2 * 30_000 + 500_000]
 
 
@@ -335,14 +427,14 @@ def test_an_answer_from_an_exit_that_was_not_read_is_refused(clock: Clock) -> No
         def answer(self, logits: Floats, exits: np.ndarray) -> Floats:
             return logits[-1]
 
-    replay = stopwatch._Replay(Ticking(clock), Peeking((0.0, 0.0), (0, 1, 2)), X[:1])
+    replay = stopwatch._Replay(Ticking(clock), Peeking((0.0, 0.0), (0, 1, 2)))
     with pytest.raises(AnytimeError, match="Peeking answers at exit 1 with logits of exits that were not read"):
         replay.go(X[:1])
 
 
 def test_a_network_that_says_nan_is_refused(clock: Clock) -> None:
     with pytest.raises(AnytimeError, match="not finite"):
-        stopwatch._Replay(Ticking(clock, nan=True), Fixed(0), X[:1]).go(X[:1])
+        stopwatch._Replay(Ticking(clock, nan=True), Fixed(0)).go(X[:1])
 
 
 # What the parent makes of its launches
@@ -359,11 +451,11 @@ def launched(monkeypatch: pytest.MonkeyPatch, readings: Callable[[int, Any], lis
     seen: list[list[str]] = []
 
     def launch(file: Path, threads: int, who: str) -> dict[str, Any]:
-        _, _, _, jobs, x = host.pickle.loads(file.read_bytes())
+        _, _, _, _, jobs, x = host.pickle.loads(file.read_bytes())
         seen.append([net.format for net, _ in jobs])
         rows = [np.array([readings(len(seen), net)] * len(x)) for net, _ in jobs]
         noise = {"wall_ns": 1000, "cpu_ns": 990, "stalled_us": None, "stopwatch_ns": (50, 500)}
-        return {"readings": rows, **noise, "first_answer_ms": [1.0] * len(jobs), "memory_mb": [None] * len(jobs)}
+        return {"readings": rows, **noise, "opening": [{"first_answer_ms": 1.0, "memory_mb": None}] * len(jobs)}
 
     monkeypatch.setattr(host, "_launch", launch)
     monkeypatch.setattr(host, "_cores", lambda: 4)
@@ -451,7 +543,7 @@ def test_refuses_settings_that_measure_nothing(field: dict[str, int]) -> None:
 
 
 def test_refuses_no_samples() -> None:
-    with pytest.raises(UsageError, match="no sample"):
+    with pytest.raises(UsageError, match="0 samples are less than the 1 of one reading"):
         Host().time([network(1)], X[:0])
 
 

@@ -74,6 +74,21 @@ class Joined(nn.Module):
         return torch.cat([torch.relu(both.flatten(1)), torch.flatten(x, 1)], dim=1)
 
 
+class Pooled(nn.Module):
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, output_size=1)
+
+
+class Sliced(nn.Module):
+    def forward(self, x):
+        return x[:, ::2]
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return torch.add(x, torch.relu(x), alpha=2)
+
+
 LAYERS = {
     "grouped": nn.Conv2d(4, 6, 3, 2, 1, groups=2),
     "depthwise": nn.Conv2d(4, 8, 3, padding=1, groups=4, bias=False),
@@ -87,6 +102,7 @@ LAYERS = {
     "average": nn.AvgPool2d(3, 2),
     "padded average": nn.AvgPool2d(3, 1, 1),
     "adaptive": nn.AdaptiveAvgPool2d(1),
+    "adaptive by a named argument": Pooled(),
     "LRN": LocalResponseNorm(3, alpha=0.5, beta=0.75, k=2.0),
     "mixed pooling": MixedPool2d(3),
     "zero channels": ZeroPadShortcut(2, 1, 3),
@@ -156,6 +172,8 @@ def test_quantizers_keep_their_grids():
         (nn.AdaptiveAvgPool2d(2), r"stages\.0.*divisor"),
         (nn.MaxPool2d(2, dilation=2), r"stages\.0.*dilation"),
         (nn.LocalResponseNorm(4), r"stages\.0.*4 channels"),
+        (Sliced(), r"stages\.0.*getitem"),
+        (Scaled(), r"stages\.0.*alpha=2"),
     ],
 )
 def test_what_has_no_form_is_named(layer, said):

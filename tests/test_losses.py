@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from anytime.errors import UsageError
-from anytime.losses import Distilled, FrozenTrunk, Joint, LinearWithLateKL, Rising, TrunkThenJoint
-from tests.worlds import Tiny, data, trained, trainer
+from anytime.losses import Distilled, FromTeacher, FrozenTrunk, Joint, LinearWithLateKL, Rising, TrunkThenJoint
+from anytime.models.static import Static
+from tests.worlds import Tiny, data, fresh, trained, trainer
 
 # Two classes, two exits, one sample: probabilities 3/4 and 1/2 for the right class.
 LOGITS = torch.tensor([[[math.log(3.0), 0.0]], [[0.0, 0.0]]])
@@ -33,6 +34,7 @@ def test_joint_by_hand():
 
 def test_frozen_trunk_leaves_the_last_exit_out():
     assert terms(FrozenTrunk()) == pytest.approx(CE[:1])
+    assert terms(FrozenTrunk(), LOGITS[:1]) == pytest.approx(CE[:1])  # a network of one exit
 
 
 def test_trunk_then_joint_by_hand():
@@ -54,9 +56,20 @@ def test_rising_is_sdns():
 def test_eenets_weights_and_late_kl_by_hand():
     loss = LinearWithLateKL(temperature=1.0, strength=0.5)
     assert terms(loss) == pytest.approx([CE[0] / 6, 2 * CE[1] / 6])
-    # KL of (3/4, 1/4) from (1/2, 1/2)
-    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    # KL of (1/2, 1/2) from (3/4, 1/4), the last exit's from the first's, over two classes
+    kl = (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)) / 2
     assert terms(loss, done=0.75) == pytest.approx([CE[0] / 6 + 0.5 * kl, 2 * CE[1] / 6])
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+def test_eenets_late_kl_is_the_authors_line():
+    z, t = torch.randn(3, 5, 4), 3.0
+    y = torch.zeros(5, dtype=torch.int64)
+    theirs = [
+        torch.nn.KLDivLoss()(torch.log_softmax(side / t, -1), torch.softmax(z[-1] / t, -1)) * 0.01 * t * t for side in z[:-1]
+    ]
+    late, before = (torch.tensor(terms(LinearWithLateKL(), z, y, done=done)) for done in (0.75, 0.0))
+    assert torch.allclose(late - before, torch.tensor([*theirs, 0.0]), atol=1e-6)
 
 
 def test_distillation_by_hand_and_its_temperature():
@@ -69,7 +82,10 @@ def test_distillation_by_hand_and_its_temperature():
     assert state["temperature"] == pytest.approx(1.05)
 
 
-@pytest.mark.parametrize("loss", [Joint(), TrunkThenJoint(), Rising(), LinearWithLateKL(), Distilled()], ids=lambda v: v.label)
+LOSSES = [Joint(), FrozenTrunk(), TrunkThenJoint(), Rising(), LinearWithLateKL(), Distilled()]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda v: v.label)
 @given(st.integers(0, 1000), st.integers(1, 4))
 def test_a_static_network_learns_from_the_labels_alone(loss, seed, n):
     logits = torch.randn(1, n, 3, generator=torch.Generator().manual_seed(seed))
@@ -79,9 +95,7 @@ def test_a_static_network_learns_from_the_labels_alone(loss, seed, n):
     assert sum(terms(loss, logits, y, done=0.9)) == pytest.approx(factor * ce, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "loss", [Joint(), FrozenTrunk(), TrunkThenJoint(), Rising(), LinearWithLateKL(), Distilled()], ids=lambda v: v.label
-)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda v: v.label)
 def test_side_heads_learn_under_every_loss(loss):
     model = copy.deepcopy(trained())  # a trunk that is worth reading; its second head begins anew
     torch.manual_seed(0)
@@ -99,7 +113,7 @@ def test_side_heads_learn_under_every_loss(loss):
 
 
 def test_a_frozen_trunk_stays_as_it_was():
-    model = trainer().fit(Tiny().build((3, 16, 16), 4), fresh=0)
+    model = trainer().fit(fresh())
     frozen = {**model.stages.state_dict(), **{f"last.{k}": v for k, v in model.heads[-1].state_dict().items()}}
     before = {k: v.clone() for k, v in frozen.items()}
     side = model.heads[0][2].weight.clone()
@@ -110,7 +124,7 @@ def test_a_frozen_trunk_stays_as_it_was():
 
 def test_osgd_in_a_recipe_learns_and_differs_from_the_joint_step():
     def fit(orthogonal):
-        return trainer(orthogonal=orthogonal, epochs=3, lr=1e-2).fit(Tiny().build((3, 16, 16), 4), fresh=0)
+        return trainer(orthogonal=orthogonal, epochs=3, lr=1e-2).fit(fresh())
 
     plain, vector, tensor = (fit(how) for how in ("no", "vector", "tensor"))
     with torch.inference_mode():
@@ -120,7 +134,7 @@ def test_osgd_in_a_recipe_learns_and_differs_from_the_joint_step():
 
 
 def test_the_temperature_survives_an_interruption(tmp_path):
-    from tests.test_train import Killed, fresh, kept, same
+    from tests.test_train import Killed, kept, same
 
     def stop(what, done, total):
         if done == 16:
@@ -134,11 +148,18 @@ def test_the_temperature_survives_an_interruption(tmp_path):
     assert same(kept(tmp_path / "b", loss=Distilled(sure=0.2)).fit(fresh()), want)
 
 
-def test_nothing_to_train_is_said():
-    from anytime.models.static import Static
+def test_a_network_without_side_heads_is_trained_whole_under_a_frozen_trunk():
+    before = fresh(Static(Tiny()))
+    after = trainer(loss=FrozenTrunk()).fit(fresh(Static(Tiny())))
+    assert not any(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True))
 
-    with pytest.raises(UsageError, match="nothing to train"):
-        trainer(loss=FrozenTrunk()).fit(Static(Tiny()).build((3, 16, 16), 4))
+
+def test_a_teachers_terms_are_the_exits_of_its_own_loss():
+    logits, y = torch.randn(6, 5, 4), torch.zeros(5, dtype=torch.int64)
+    whole = FromTeacher(of=Joint())(logits, y, 1.0, {})
+    assert len(whole) == 3 and torch.equal(FromTeacher(of=FrozenTrunk())(logits, y, 1.0, {}), whole[:2])
+    with pytest.raises(UsageError, match="give it to ``of``"):
+        FromTeacher(label_smoothing=0.1)
 
 
 @pytest.mark.parametrize(

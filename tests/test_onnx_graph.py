@@ -225,8 +225,11 @@ def test_a_layer_that_fell_out_of_int8_is_named():
         (nn.AdaptiveAvgPool2d(3), "stages.0.4.*AdaptiveAvgPool2d"),
         (nn.AvgPool2d(2, ceil_mode=True), "stages.0.4.*ceil_mode"),
         (nn.GELU(), "stages.0.4.*GELU"),
+        (nn.LocalResponseNorm(4), "stages.0.4.*4 channels"),
+        (nn.MaxPool2d(2, 3, 1, ceil_mode=True), "stages.0.4.*ceil_mode"),
+        (nn.MaxPool2d((3, 1), (2, 2), ceil_mode=True), "stages.0.4.*ceil_mode"),
     ],
-    ids=["padding", "adaptive pool", "ceil average", "unknown"],
+    ids=["padding", "adaptive pool", "ceil average", "unknown", "even norm", "ceil maximum", "ceil maximum of one side"],
 )
 def test_what_has_no_onnx_form_is_named(layer, said):
     model = Tiny().build(SHAPE, 4).eval()

@@ -1,5 +1,7 @@
 """OpenVINO: the same graphs as under ONNX Runtime, in the precision that was asked for; what torch.compile refuses."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -56,6 +58,23 @@ def test_both_engines_run_the_same_graphs_but_for_the_additions_that_openvino_fu
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.98
     # One step of an integer grid may fall to the other side.
     assert np.abs(ours - theirs).max() <= 0.05 * np.abs(theirs).max()
+
+
+def test_threads_do_not_take_each_others_answers(integers):
+    graph = OpenVINOGraph(integers.graph(Segment(0, 3, 2)), 1)
+    alone, wrong = [graph([X[i : i + 1]])[0] for i in range(8)], []
+
+    def ask(i):
+        wrong.extend(i for _ in range(100) if not np.array_equal(graph([X[i : i + 1]])[0], alone[i]))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(ask, range(8)))
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
 
 
 def test_weights_of_seven_bits_saturate_on_no_cpu():

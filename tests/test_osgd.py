@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from anytime.losses import Joint
+from anytime.models.branchynet import BLeNet
 from anytime.osgd import OSGD, orthogonalized
+from tests.worlds import Tiny
 
 
 def t(*numbers):
@@ -28,11 +31,36 @@ def test_the_whole_vector_or_every_tensor_by_itself():
     assert torch.cat(orthogonalized(gradients, per_tensor=True)[1]).tolist() == [0, 0]
 
 
-def test_what_one_task_touches_alone_neither_moves_nor_counts():
+@pytest.mark.parametrize("none", [None, t(0)], ids=["none", "zeros"])
+def test_what_one_task_touches_alone_neither_moves_nor_counts(none):
     """Trunk, a deeper trunk, two heads: only the first is shared, however large the rest."""
-    first, second = orthogonalized([[t(3, 4), None, t(100), None], [t(2, 1), t(7), None, t(9)]])
-    assert first[1] is None and first[3] is None and second[2] is None
+    first, second = orthogonalized([[t(3, 4), none, t(100), none], [t(2, 1), t(7), none, t(9)]])
+    assert first[1] == first[3] == second[2] == none
     assert torch.allclose(second[0], t(0.8, -0.6)) and second[1] == 7 and second[3] == 9
+
+
+@pytest.mark.parametrize("spec, shape", [(BLeNet(), (1, 28, 28)), (Tiny(), (3, 16, 16))], ids=lambda v: getattr(v, "label", ""))
+def test_exits_of_a_network_end_orthogonal_over_what_they_share_and_heads_step_as_they_would_alone(spec, shape):
+    """The way of a training: all terms of one loss of the stacked logits, through which torch gives zeros where nothing is touched."""
+    torch.manual_seed(0)
+    model, x, y = spec.build(shape, 10).double(), torch.randn(16, *shape, dtype=torch.float64), torch.arange(16) % 10
+    parameters = dict(model.named_parameters())
+
+    def terms():
+        torch.manual_seed(0)  # dropout
+        return list(Joint()(model(x), y, 0.0, {}))
+
+    own = [torch.autograd.grad(term, parameters.values(), retain_graph=True) for term in terms()]
+    after = [dict(zip(parameters, task, strict=True)) for task in orthogonalized([list(task) for task in own])]
+    for s, task in enumerate(after):
+        for j, earlier in enumerate(after[:s]):
+            shared = [name for name in parameters if name.startswith(tuple(f"stages.{k}." for k in range(j + 1)))]
+            a, b = (torch.cat([of[name].flatten() for name in shared]) for of in (task, earlier))
+            assert abs(a @ b) < 1e-9 * a.norm() * b.norm()
+    OSGD(torch.optim.SGD(model.parameters(), lr=0.1)).backward(terms())
+    for k, gradients in enumerate(own):
+        for (name, p), alone in zip(parameters.items(), gradients, strict=True):
+            assert not name.startswith(f"heads.{k}.") or torch.equal(p.grad, alone), name
 
 
 def test_a_task_without_a_gradient_takes_nothing_off():
@@ -73,6 +101,7 @@ numbers = st.floats(-10, 10).filter(lambda v: v == 0 or abs(v) > 1e-3)  # not th
 @given(st.lists(arrays(np.float64, (4, 3), elements=numbers), min_size=2, max_size=4), st.booleans())
 def test_what_exits_of_a_chain_share_ends_orthogonal(drawn, per_tensor):
     """Task s touches parameters 0 .. s, as exit s touches the stages up to its own."""
+    assume(all(g[: s + 1].any(1).all() for s, g in enumerate(drawn)))  # zeros are not touched
     before = [[torch.from_numpy(g) if i <= s else None for i, g in enumerate(task)] for s, task in enumerate(drawn)]
     after = orthogonalized(before, per_tensor)
     assert all(torch.equal(a, b) for a, b in zip(after[0][:1], before[0][:1], strict=True))

@@ -16,12 +16,15 @@ from anytime import stops
 from anytime.errors import Infeasible, Leak, Unsupported, UsageError
 from anytime.metrics import Floats, Predictions, accuracy, correct
 from anytime.policies.confidence import Entropy, Margin, MaxProb
+from anytime.policies.eenet import EENet
 from anytime.policies.fixed import Fixed
 from anytime.policies.patience import Patience
+from anytime.policies.random import Random
+from anytime.policies.risk import RiskControl
 from anytime.policy import PathCost, Policy, mean_cost
 from anytime.spec import key
 from anytime.threshold import Searched
-from tests.contracts.policy import Costs, costs, predictions
+from tests.contracts.policy import Costs, costs, predictions, right
 
 
 @dataclass(frozen=True)
@@ -310,6 +313,13 @@ def test_labels_name_the_question() -> None:
     said = ["Fixed", "Patience", "MaxProb", "MaxProb per exit", "Entropy", "Entropy per exit"]
     assert [p.label for p in asked] == said
     assert [p.fit(predictions(3, 40, 4), costs(3), 250.0).label for p in asked] == said
+    said_apart = {
+        EENet(seed=0): "EENet", EENet(seed=1): "EENet, seed 1", EENet(seed=0, steps=5): "EENet, 5 steps",
+        RiskControl(): "RiskControl 0.05", RiskControl(delta=0.01): "RiskControl 0.05 (delta 0.01)",
+        RiskControl(0.1, 0.01, "labels"): "RiskControl 0.1 of accuracy (delta 0.01)",
+        Random(of=Entropy()): "Random as Entropy", Random(of=Entropy(), seed=2): "Random as Entropy, seed 2",
+    }  # fmt: skip
+    assert {p: p.label for p in said_apart} == said_apart
 
 
 def test_sentences() -> None:
@@ -400,6 +410,26 @@ def test_thresholds_of_their_own_are_never_dearer_than_one(policy: Searched, wan
     val, cost = predictions(4, 150, 5), costs(4)
     one, own = (replace(policy, per_exit=p).fit_accuracy(val, cost, wanted) for p in (False, True))
     assert spends(own, val, cost) <= spends(one, val, cost) and accuracy(val, own.exits(val.logits)) >= wanted
+
+
+@pytest.mark.parametrize("policy", [Random(of=MaxProb()), EENet(seed=0, steps=5)], ids=lambda p: p.label)
+def test_an_accuracy_that_only_less_than_the_most_reaches(policy: Policy) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=400)
+    logits = rng.normal(size=(3, 400, 3))
+    logits[:, np.arange(400), labels] += np.array([[1.0], [4.0], [0.3]])  # the last exit undoes what the second had right
+    val, cost = Predictions(logits, labels, "val"), costs(3)
+    most = float(policy.costs(3, cost).max())
+    assert right(policy.fit(val, cost, most), val) < 0.6
+    fitted = policy.fit_accuracy(val, cost, 0.6)
+    assert right(fitted, val) >= 0.6
+    spent = fitted.spends(fitted.leave(val), 3, cost)
+    tried = (policy.fit(val, cost, budget) for budget in np.linspace(110, most, 13))  # as coarse as its grid
+    reached = [p.spends(p.leave(val), 3, cost) for p in tried if right(p, val) >= 0.6]
+    assert spent <= min(reached) < most
+    with pytest.raises(Infeasible, match="an accuracy of 1.1 on val is out of reach") as caught:
+        policy.fit_accuracy(val, cost, 1.1)
+    assert right(policy.fit_accuracy(val, cost, caught.value.best), val) >= caught.value.best
 
 
 def test_fixed_is_the_cheapest_accurate_exit() -> None:

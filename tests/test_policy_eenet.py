@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from anytime.errors import Infeasible, UsageError
 from anytime.metrics import Predictions, correct, softmax
 from anytime.policies.confidence import MaxProb
 from anytime.policies.eenet import EENet
-from tests.contracts.policy import costs, predictions
+from tests.contracts.policy import Costs, costs, predictions
 
 
 @settings(deadline=None)
@@ -29,6 +30,7 @@ def test_a_score_is_the_papers_sum(seed: int, n_exits: int, k: int, threshold: f
     exits, scores = policy.exits(logits), policy.scores(logits[:-1])
     for n in range(12):
         before: list[float] = []
+        compared: list[float] = []
         for e in range(n_exits - 1):
             weights = [math.exp(z - max(logits[e, n])) for z in logits[e, n]]
             p = [w / sum(weights) for w in weights]
@@ -36,8 +38,9 @@ def test_a_score_is_the_papers_sum(seed: int, n_exits: int, k: int, threshold: f
             q = sum(u * x for u, x in zip(classes[e], p, strict=True))
             q += sum(v * x for v, x in zip(features[e], [max(p), sure, *before], strict=True))
             before.append(min(max(q, 0.0), 1.0))
-        assert scores[:, n].tolist() == pytest.approx(before)
-        assert exits[n] == next((e for e, q in enumerate(before) if q >= threshold), n_exits - 1)
+            compared.append((1 + q / (1 + abs(q))) / 2)
+        assert scores[:, n].tolist() == pytest.approx(compared)
+        assert exits[n] == next((e for e, q in enumerate(compared) if q >= threshold), n_exits - 1)
 
 
 @pytest.mark.parametrize("budget", [120.0, 200.0, 300.0, 400.0, 500.0])
@@ -46,6 +49,34 @@ def test_it_spends_the_budget_and_no_more(budget: float) -> None:
     fitted = EENet(seed=0, steps=30).fit(val, cost, budget)
     spent = fitted.spends(fitted.exits(val.logits), 4, cost)
     assert budget - 2 < spent <= budget  # a step of one sample from one exit to the next costs 1
+
+
+def sure(n_exits: int, n: int, k: int, scale: float, seed: int) -> Predictions:
+    """A network that is so sure of most samples that clamped scores tie at 1."""
+    rng = np.random.default_rng(seed)
+    labels, hard = rng.integers(k, size=n), rng.normal(size=(n, 1))
+    lead = np.eye(k)[labels] * scale * np.clip(1.5 - 0.9 * hard, 0.05, None)
+    logits = np.stack([lead * (1 + e / 2) + rng.normal(size=(n, k)) for e in range(n_exits)])
+    return Predictions(logits.astype(np.float32), labels, "val")
+
+
+@pytest.mark.parametrize("budget", [120.0, 150.0])
+def test_it_spends_the_budget_where_clamped_scores_tie(budget: float) -> None:
+    val, cost = sure(2, 800, 10, 8.0, seed=0), Costs((100, 100), (0, 0))
+    fitted = EENet(seed=0, steps=200).fit(val, cost, budget)
+    assert isinstance(fitted, EENet)
+    q = 2 * fitted.scores(val.logits[:-1])[0] - 1
+    assert (q / (1 - q) > 1).mean() > 0.3  # these would tie
+    spent = fitted.spends(fitted.exits(val.logits), 2, cost)
+    assert budget - 100 / 800 < spent <= budget
+
+
+def test_it_does_not_follow_noise() -> None:
+    val, cost = sure(4, 500, 10, 4.0, seed=4), Costs((100,) * 4, (0,) * 4)
+    noise = np.random.default_rng(5).normal(scale=1e-6, size=val.logits.shape).astype(np.float32)
+    again = replace(val, logits=val.logits + noise)
+    one, other = (EENet(seed=0, steps=200).fit(p, cost, 240.0).leave(p) for p in (val, again))
+    assert (one != other).mean() < 0.02
 
 
 def sure_and_wrong() -> Predictions:

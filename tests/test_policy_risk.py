@@ -14,6 +14,7 @@ from scipy.stats import binom
 
 from anytime.errors import Infeasible, UsageError
 from anytime.metrics import Floats, Predictions, correct, take
+from anytime.policies.reading import Reading
 from anytime.policies.risk import RiskControl, betting_p, binomial_p, ladder
 from tests.contracts.policy import costs, predictions
 
@@ -130,6 +131,12 @@ def test_accuracy_is_chosen_among_what_is_safe() -> None:
 def test_promises_that_mean_nothing(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="must lie between 0 and 1, not"):
         RiskControl(**wrong).fit(predictions(3, 50, 4), costs(3), 1e9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reads", [(), (0, 1)])
+def test_reading_does_not_void_the_promise_in_silence(reads: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="what RiskControl 0.05 promises holds against the network's last exit"):
+        Reading(of=RiskControl(0.05), reads=reads).fit(predictions(3, 400, 4), costs(3), 1e9)
 
 
 def test_the_ladder_was_there_first() -> None:

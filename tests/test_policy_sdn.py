@@ -15,6 +15,7 @@ from anytime.metrics import Floats, Predictions, nll
 from anytime.policies.confidence import MaxProb
 from anytime.policies.sdn import SDN
 from anytime.policies.ztw import ZTW
+from anytime.stops import max_probability
 from tests.contracts.policy import costs, predictions
 
 
@@ -88,6 +89,17 @@ def test_ztw_is_the_papers_product(seed: int, n_exits: int, k: int, threshold: f
                 break
         assert exits[n] == e
         assert probabilities(answers[n]) == pytest.approx(said)
+
+
+def test_ztw_answers_as_surely_as_it_decides() -> None:
+    logits = np.random.default_rng(0).normal(size=(3, 2000, 5)) * 2
+    policy = ZTW(weights=((1.0,), (0.5, 0.5)), biases=((0.0,) * 5,) * 2, thresholds=(0.7, 0.6)).tempered((1.5, 0.7, 1.3))
+    exits, scores = policy.exits(logits), policy.scores(logits[:-1])
+    answers = policy.answer(logits, exits)
+    for k in range(2):
+        here = exits == k
+        assert here.sum() > 100 and max_probability(answers[here]) == pytest.approx(scores[k, here])
+    assert (answers[exits == 2] == logits[2, exits == 2] / 1.3).all()
 
 
 def test_ztw_finds_the_optimum() -> None:

@@ -186,3 +186,9 @@ def test_a_tensor_of_zeros_has_a_grid():
     q = FakeQuant(4, signed=False)
     fixed_point(q, seen, signed=False)
     assert q.calibrated and torch.equal(q(torch.zeros(3)), torch.zeros(3))
+
+
+def test_osgd_is_refused_with_a_sentence():
+    train, calib = few()
+    with pytest.raises(Unsupported, match="one gradient for all exits together.*recipe.orthogonal='no'"):
+        QKeras(epochs=1).compress(small(), calib, replace(train, recipe=replace(train.recipe, orthogonal="vector")))

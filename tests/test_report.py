@@ -254,8 +254,10 @@ def test_a_skip_is_gone_once_the_same_fact_is_there(to: Maker) -> None:
     cell.miss("skip", "measure", "not now", "host")
     cell.measure(0.5)
     assert list(rows_of(to)["status"]) == ["done"]
+    cell.miss("skip", "measure", "not here", "host")
+    assert list(rows_of(to)["status"]) == ["done"], "what another machine could do stays"
     cell.miss("fail", "measure", "not any more", "host")
-    assert list(rows_of(to)["status"]) == ["done"], "what was finished stays"
+    assert list(rows_of(to)["status"]) == ["done", "fail"] and rows_of(to)["latency_ms_p50"].isna().all()
 
 
 def test_what_one_seed_failed_is_a_row_beside_the_other_seed_s(to: Maker) -> None:

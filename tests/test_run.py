@@ -30,9 +30,10 @@ from anytime.cells import only
 from anytime.config import ARMS, Experiment, Suite
 from anytime.datasets.npz import Npz
 from anytime.datasets.synthetic import Synthetic
-from anytime.errors import AnytimeError, Unreachable, Unsupported, UsageError
+from anytime.errors import AnytimeError, DataError, Unreachable, Unsupported, UsageError
 from anytime.facts import facts_of
 from anytime.gather import gather
+from anytime.metrics import nll
 from anytime.models.static import Static
 from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.patience import Patience
@@ -334,7 +335,92 @@ def test_forced_it_runs_again(tmp_path):
     runner.forget()
     assert len(runner.todo()) == 2
     runner.run()
-    assert len(records(tmp_path, "eval")) == 4
+    runner.remade()
+    assert len(records(tmp_path, "eval")) == 4 and not runner.forced.path.exists()
+
+
+@dataclass(frozen=True)
+class Moody(Backend):
+    """Breaks, is missing, or works, by a file's word."""
+
+    at: str = ""
+
+    def compress(self, model, calib, trainer, target="u8s8"):
+        said = Path(self.at).read_text() if Path(self.at).exists() else ""
+        if said == "missing":
+            raise Unsupported("it is not here")
+        if said:
+            raise KeyError(said)  # no error of ours: a bug in a backend
+        return Float32().compress(model, calib, trainer, target)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_fails_when_it_is_made_again_is_failed_and_its_old_number_is_in_no_table(tmp_path, jobs):
+    at = tmp_path / "said"
+    exp = experiment(backends=(Float32(), Moody(str(at))), boards=(), budgets=(0.7,))
+    run = partial(Runner, exp, tmp_path / "results", log=lambda line: None)
+    run().run()
+    assert not run().todo()
+    at.write_text("oops")
+    again = run()
+    again.forget()
+    again.run(jobs)
+    again.remade()
+    failed = [reason for fact_state, reason in again.states() if fact_state == "fail"]
+    assert failed and set(failed) == {"KeyError: 'oops'"} and len(run().todo()) == len(failed), "they are to do again"
+    said = table(tmp_path / "results", exp)
+    assert all(row["status"] == "fail" for row in said if row["backend"] == "Moody" and row["status"] != "skip")
+    assert {row["status"] for row in said if row["backend"] == "Float32"} == {"done"}
+    # What another machine could do stays, when this one cannot.
+    at.unlink()
+    run().run()
+    at.write_text("missing")
+    again = run()
+    again.forget()
+    again.run(jobs)
+    again.remade()
+    assert not run().todo() and {row["status"] for row in table(tmp_path / "results", exp)} == {"done"}
+
+
+def table(results, exp):
+    networks = gather(load(results / "records", exp.name).records, [])
+    return [row for network in networks for row in Fold(networks, []).rows_of(network)]
+
+
+def test_what_was_to_be_made_again_is_not_forgotten_by_a_run_of_something_else(tmp_path):
+    exp = experiment(backends=(Float32(), PTQ()), policies=(), boards=())
+    first, other = (frozenset(c for c in exp.cells() if c.backend == b) for b in exp.backends)
+    run = partial(Runner, exp, tmp_path, log=lambda line: None)
+    run().run()
+    for only_these in (first, other):  # both are asked for before either is run
+        run(only=only_these).forget()
+    assert len(run().todo()) == 4
+    ran = run(only=other)
+    ran.run()
+    ran.remade()
+    assert {f.cell for f in run().todo()} == first
+
+
+def test_a_data_set_that_cannot_be_read_loses_nothing_when_all_is_made_again(tmp_path):
+    x, y = np.zeros((400, 3, 16, 16), np.uint8), np.arange(400) % 4
+    x += (60 * y)[:, None, None, None].astype(np.uint8)
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x[:120], y_test=y[:120])
+    data = Npz(str(tmp_path / "d.npz"), calib=32, tune=32, val=64, hold=32)
+    exp = experiment(backends=(Float32(),), policies=(), boards=())
+    exp = replace(exp, suites=(*exp.suites, Suite(data, (Tiny(),))))
+    said: list[str] = []
+    run = partial(Runner, exp, tmp_path / "results", log=said.append)
+    run().run()
+    trained = {p.name for p in (tmp_path / "results/cache/trained").iterdir()}
+    (tmp_path / "d.npz").unlink()
+    workshop._loaded.cache_clear()
+    again = run()
+    again.forget()
+    assert [line for line in said if line.startswith("d is left out: ")] and len(again.todo()) == 2
+    assert len({p.name for p in (tmp_path / "results/cache/trained").iterdir()}) == len(trained) - 2, "the other's stays"
+    with pytest.raises(DataError):
+        again.run()
+    assert len(records(tmp_path / "results", "eval")) == 5
 
 
 def test_forced_and_interrupted_it_goes_on_with_or_without_force(tmp_path):
@@ -354,6 +440,7 @@ def test_forced_and_interrupted_it_goes_on_with_or_without_force(tmp_path):
     last = Runner(exp, tmp_path, log=lambda line: None)
     assert len(last.todo()) == 1
     last.run()
+    last.remade()
     assert len(records(tmp_path, "eval")) == 4 and not list((tmp_path / "cache" / "forced").iterdir())
     after = Runner(exp, tmp_path, log=lambda line: None)
     assert not after.todo()
@@ -532,6 +619,20 @@ def test_temperature_leaves_the_float_network_as_it_was_and_shares_are_matched_o
         there, here = (shop.predictions(cell, ("calib",))["calib"] for cell in (fact.against, fact.cell))
         shares = [np.bincount(p.leave(c), minlength=3) / len(c.labels) for p, c in ((kept, there), (matched, here))]
         np.testing.assert_allclose(shares[0], shares[1], atol=2 / len(here.labels))
+
+
+def test_what_reaches_an_exit_is_judged_at_the_arms_temperature(armed):
+    exp, shop = arms(), Workshop(armed)
+    apart = 0
+    for fact in (f for f in facts_of(exp) if f.arm == "temperature" and f.policy == MaxProb() and f.cell.backend == PTQ(4, 4)):
+        point, test = Decider(exp, shop, lambda name: None).point(fact), shop.predictions(fact.cell, ("test",))["test"]
+        taken = np.frombuffer(zlib.decompress(base64.b64decode(point["taken"])), np.uint8)
+        for k, temperature in enumerate(point["policy"]["temperatures"]):
+            if (who := taken >= k).any():
+                cooled, raw = (nll(test.logits[k, who] / t, test.labels[who]) for t in (temperature, 1.0))
+                assert point["nll_reached"][k] == pytest.approx(cooled)
+                apart += abs(cooled - raw) > 1e-6
+    assert apart, "every temperature is 1: nothing is shown"
 
 
 def test_costs_come_back_from_the_records(armed):

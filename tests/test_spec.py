@@ -122,6 +122,8 @@ def test_override_reaches_into_specs_and_tuples():
         ("inner.kind", "c", "one of 'a', 'b'"),
         ("inner.sizes", "3", "must be tuple"),
         ("many.5.lr", "1", "no index into 2 elements"),
+        ("many.--1.lr", "1", "no index into 2 elements"),
+        ("many.².lr", "1", "no index into 2 elements"),
         ("many.*.nothing", "1", "no field 'nothing'"),
         ("name.x", "1", "has no parts"),
         ("maybe.epochs", "1", "has no parts"),
@@ -150,3 +152,29 @@ def test_a_spec_of_strange_things_is_refused():
 def test_a_value_of_another_type_is_refused(wrong, said):
     with pytest.raises(UsageError, match=said):
         Inner(**wrong)
+
+
+@dataclass(frozen=True)
+class Told(Spec):
+    args: tuple[tuple[str, float], ...] = (("momentum", 0.9),)
+    floats: tuple[float, ...] = (0.5,)
+    name: str = ""
+
+
+def test_whole_numbers_are_floats_within_tuples_too():
+    assert Told(floats=(1, 0.5)) == Told(floats=(1.0, 0.5)) and key(Told(floats=(1,))) == key(Told(floats=(1.0,)))
+    assert override(Told(), "floats", "(1, 2)").floats == (1.0, 2.0)
+    with pytest.raises(UsageError, match="floats"):
+        Told(floats=("1",))
+
+
+def test_elements_of_a_pair_have_types_of_their_own():
+    assert override(Told(), "args.0.1", "0.8").args == (("momentum", 0.8),)
+    assert override(Told(), "args.*.0", "dampening").args == (("dampening", 0.9),)
+    with pytest.raises(UsageError, match="must be float"):
+        override(Told(), "args.0.1", "much")
+
+
+@pytest.mark.parametrize("text, meant", [("cpu", "cpu"), ('"cpu"', "cpu"), ("'a b'", "a b"), ("1", "1"), ("x=1", "x=1")])
+def test_words_may_be_quoted(text, meant):
+    assert override(Told(), "name", text).name == meant

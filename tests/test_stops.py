@@ -92,6 +92,7 @@ def test_margin_is_the_lead_of_scipys_probabilities(logits: NDArray[np.float32])
     p = np.sort(softmax(logits.astype(float), axis=-1), axis=-1)
     np.testing.assert_allclose(stops.margin(logits), p[..., -1] - p[..., -2], atol=1e-12)
     assert (stops.margin(logits) >= 0).all() and (stops.margin(logits) <= 1).all()
+    assert (stops.margin(logits[..., :1]) == 1).all()  # of one class
 
 
 @settings(deadline=None)

@@ -5,28 +5,26 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anytime import cpu
+from anytime import cpu, train
+from anytime.backends.float import Float32
+from anytime.backends.qat import QAT
 from anytime.errors import CorruptFile, Diverged, UsageError, WriteError
 from anytime.files import write_atomically
-from anytime.losses import Joint
+from anytime.losses import Joint, TrunkThenJoint
 from anytime.model import AnytimeModel
-from anytime.train import Recipe, _compiled, _device
+from anytime.train import Recipe, _batch_sizes, _compiled, _device, _optimizer
 from anytime.weights import load_weights, save_weights
-from tests.worlds import Restarting, Tiny, data, trainer
-
-
-def fresh():
-    torch.manual_seed(0)
-    return Tiny().build((3, 16, 16), 4)
+from tests.worlds import Restarting, Tiny, data, fresh, trained, trainer
 
 
 def same(a, b):
@@ -170,6 +168,11 @@ def test_nan_stops_it_with_the_step():
     [
         ({"optimizer": "SDG"}, "did you mean 'SGD'"),
         ({"schedule": "CosineLR"}, "recipe.schedule='CosineLR' is not in torch"),
+        ({"schedule": "ReduceLROnPlateau"}, "recipe.schedule='ReduceLROnPlateau' cannot be used here"),
+        ({"schedule": "LRScheduler"}, "recipe.schedule='LRScheduler' cannot be used here"),
+        ({"optimizer": "Optimizer"}, "recipe.optimizer='Optimizer' cannot be used here"),
+        ({"schedule": "OneCycleLR", "schedule_args": (("max_lr", 0.1),)}, "schedule_args: max_lr is what recipe.lr says"),
+        ({"optimizer_args": (("lr", 0.1),)}, "optimizer_args: lr is what recipe.lr says"),
         ({"epochs": -1}, "epochs >= 0"),
         ({"trunk_epochs": -1}, "trunk_epochs >= 0"),
         ({"trunk_epochs": 5}, "start='static' begins with, and start is 'scratch'"),
@@ -180,9 +183,85 @@ def test_a_wrong_recipe_is_refused(wrong, said):
         Recipe(**wrong)
 
 
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"optimizer_args": (("momentun", 0.9),)}, "recipe.optimizer='AdamW' with optimizer_args=.*momentun"),
+        ({"optimizer": "SGD", "optimizer_args": (("nesterov", True),)}, "recipe.optimizer='SGD' with .*Nesterov"),
+        ({"optimizer": "Muon"}, "recipe.optimizer='Muon' with .*2D"),
+        ({"optimizer": "LBFGS"}, "recipe.optimizer='LBFGS' with .*weight_decay"),
+        ({"schedule": "SequentialLR"}, "recipe.schedule='SequentialLR' with .*missing"),
+        ({"schedule": "CosineAnnealingWarmRestarts", "schedule_args": (("T_0", 10.0),)}, "with schedule_args=.*integer T_0"),
+    ],
+)
+def test_what_torch_refuses_names_the_recipes_field(wrong, said):
+    with pytest.raises(UsageError, match=said):
+        trainer(**wrong).fit(fresh())
+
+
+def test_whole_numbers_are_arguments_of_schedules():
+    trainer(schedule="CosineAnnealingWarmRestarts", schedule_args=(("T_0", 1), ("eta_min", 1e-4))).fit(fresh())
+
+
+def test_learning_rates_of_a_schedule_are_scaled_too(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "_optimizer", lambda model, recipe, steps: seen.append(recipe) or _optimizer(model, recipe, steps))
+    args = (("base_lr", 0.01), ("max_lr", 0.1), ("step_size_up", 4), ("cycle_momentum", False))
+    trainer(schedule="CyclicLR", schedule_args=args).fit(fresh(), epochs=1, lr_scale=0.5)
+    (recipe,) = seen
+    assert recipe.schedule_args == (("base_lr", 0.005), ("max_lr", 0.05), ("step_size_up", 4), ("cycle_momentum", False))
+
+
+@dataclass(frozen=True)
+class Watched(Joint):
+    said: ClassVar[list[float]] = []
+
+    def __call__(self, logits, y, done, state):
+        self.said.append(done)
+        return super().__call__(logits, y, done, state)
+
+
+def test_a_trained_network_goes_on_at_the_end_of_its_losses_schedule():
+    shares = []
+    Watched.said.clear()
+    trainer(loss=Watched(), epochs=2).fit(fresh())
+    assert sorted(set(Watched.said)) == [0.0, 0.5]
+    Watched.said.clear()
+    trainer(loss=Watched(), epochs=2).fit(fresh(), epochs=4, each_epoch=lambda model, done: shares.append(done))
+    assert set(Watched.said) == {1.0} and shares == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("backend", [Float32(epochs=1), QAT(epochs=1)], ids=lambda v: v.label)
+def test_side_heads_are_tuned_whatever_they_waited_for(backend):
+    model, own = trained(), replace(trainer(loss=TrunkThenJoint()), key="k")
+    twin = backend.compress(model, data().calib, own).twin
+    before, after = (m.heads[0].state_dict()["2.bias"] for m in (model, twin))
+    assert (before - after).abs().max() > 1e-4
+
+
+def test_a_trained_network_lies_in_memory_as_a_loaded_one_does(tmp_path):
+    def strides(model):
+        return {name: t.stride() for name, t in model.state_dict().items()}
+
+    assert strides(kept(tmp_path).fit(fresh())) == strides(kept(tmp_path).fit(fresh())) == strides(fresh())
+
+
+@given(st.integers(1, 300), st.integers(1, 70))
+def test_no_batch_is_left_with_one_sample(n, batch):
+    sizes = _batch_sizes(n, batch)
+    assert sum(sizes) == n and (1 not in sizes or 1 in (n, batch))
+    if n % batch != 1:
+        assert sizes == [len(part) for part in torch.arange(n).split(batch)]
+
+
+def test_a_last_step_to_nowhere_is_no_finished_training(tmp_path):
+    whole = kept(tmp_path, optimizer="SGD", schedule="constant", epochs=1, batch=10**4, lr=1e38, weight_decay=1e3)
+    with pytest.raises(Diverged, match="ended with weights that are not finite: lower recipe.lr"):
+        whole.fit(fresh())
+    assert not whole.finished()
+
+
 def test_wrong_arguments_and_weights_are_refused():
-    with pytest.raises(UsageError, match="does not take its arguments"):
-        trainer(optimizer_args=(("momentun", 0.9),)).fit(fresh())
     with pytest.raises(UsageError, match="2 numbers for a network of 3 exits"):
         trainer(loss=Joint(weights=(1.0, 1.0))).fit(fresh())
 
@@ -211,7 +290,8 @@ def test_hurt_weights_are_refused(tmp_path, hurt):
         path.with_suffix(".sha256").unlink()
     else:
         model = Tiny(width=4).build((3, 16, 16), 4)
-    with pytest.raises(CorruptFile, match="w.safetensors|w.sha256"):
+    said = "do not fit" if hurt == "other network" else r"w\.safetensors (cannot|are not).*: delete it and run again"
+    with pytest.raises(CorruptFile, match=said):
         load_weights(model, path)
 
 

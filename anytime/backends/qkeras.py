@@ -84,6 +84,11 @@ class QKeras(Backend):
         return missing("qkeras", "pyparsing")
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
+        if trainer.recipe.orthogonal != "no":
+            raise Unsupported(
+                f"{self.label}: TensorFlow gives one gradient for all exits together, and OSGD takes one for each: "
+                "use recipe.orthogonal='no'"
+            )
         widths = Widths(max(self.weight_bits, 2), self.activation_bits, self.edge_bits, self.add_bits)
         net = quantized(model, widths, target, self.keep_float, self.fold_bn)
         seen = net.observe(calib.x)

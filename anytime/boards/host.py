@@ -30,7 +30,8 @@ from anytime.policy import Policy
 
 Job = tuple[Deployable, Policy | None]  # without a policy: link by link
 
-SILENCE_S = 180.0  # a child beats about every second; opening one network is the longest that it may take between two
+SILENCE_S = 180.0  # a child beats about every second; opening a network or a segment of it is the longest between two
+AT_ONCE = 8  # batches that a policy is executed on together
 ENGINES = {
     "torch": "torch",
     "onnx": "onnxruntime",
@@ -50,7 +51,7 @@ class Host(Board):
 
     ``batch`` 1 is latency. With more it is throughput: x is cut into batches, and times are those of a batch divided by its size,
     whole batches alone. A policy is executed on 8 batches at a time, where samples that stay wait for each other, so that
-    segments run on full ones (anytime/execute.py); these samples share one time.
+    segments run on full ones (anytime/execute.py); these samples share one reading. UsageError with fewer samples than a reading takes.
 
     Every launch runs every sample. After ``warmup`` runs of each network the networks take turns, in an order that
     rotates from round to round. A turn times 8 batches, one by one, after 3 untimed runs (on those before
@@ -61,7 +62,8 @@ class Host(Board):
     Handing a sample over (``start``) counts to the first stage. A replay is timed from the sample to the class, exit
     tests included. Launches follow each other in the sample axis of ``Timing``: [E, launches x R]. Clock readings are
     not subtracted; the facts say what they take. Facts of one network: ``first_answer_ms`` from opening it to its first answer,
-    and ``memory_mb``, by how much opening and running it once raised the peak of the process; medians over launches.
+    and ``memory_mb``, by how much opening and running it once raised the peak of the process; medians over launches, absent where
+    another job had opened it.
 
     With more than one thread, engines get processes of their own (their launches taking turns), for the idle
     threads of one keep spinning on the cores of the next.
@@ -122,31 +124,30 @@ class Host(Board):
         }
 
     def time(self, nets: Sequence[Deployable], x: Floats) -> list[Timing]:
-        timings = []
-        if 0 < len(x) < self.batch:
-            raise UsageError(f"{self.name}: {len(x)} samples are less than one batch; give {self.batch} or more")
-        for readings, facts in self._measure([(net, None) for net in nets], x[: len(x) // self.batch * self.batch]):
+        timings, whole = [], x[: max(self.batch, len(x) // self.batch * self.batch)]
+        measured = self._measure([(net, None) for net in nets], whole, self.batch)
+        for net, (readings, facts) in zip(nets, measured, strict=True):
             ms = 1e-6 / self.batch * readings.reshape(-1, readings.shape[2] // 4, 2, 2).transpose(2, 3, 1, 0)
             (stage, stage_cpu), (head, head_cpu) = ms
-            timings.append(Timing(stage, head, stage_cpu, head_cpu, self.launches, facts))
+            timings.append(Timing(stage, head, stage_cpu, head_cpu, self.launches, facts, restarts=net.restarts))
         return timings
 
     def run(self, jobs: Sequence[tuple[Deployable, Policy]], x: Floats) -> list[Replayed]:
-        replays = []
-        for (net, policy), (readings, facts) in zip(jobs, self._measure(jobs, x), strict=True):
+        replays, at_once = [], 1 if self.batch == 1 else AT_ONCE * self.batch
+        for (net, policy), (readings, facts) in zip(jobs, self._measure(jobs, x, at_once), strict=True):
             wall, spent, exits, answers = readings.transpose(2, 0, 1)
             if moved := int(((exits != exits[0]) | (answers != answers[0])).any(0).sum()):
                 raise AnytimeError(
                     f"{self.name}: {net.execution} under {policy.label} took other exits or gave other answers in another "
                     f"launch, on {moved} of {len(x)} samples: its kernels are not deterministic; try threads=1"
                 )
-            replays.append(Replayed(exits[0], answers[0], 1e-6 * wall, 1e-6 * spent, facts))
+            replays.append(Replayed(exits[0], answers[0], 1e-6 * wall, 1e-6 * spent, facts, at_once))
         return replays
 
-    def _measure(self, jobs: Sequence[Job], x: Floats) -> list[tuple[NDArray[np.int64], dict[str, str]]]:
-        """Per job its readings [launches, R, ...] in ns, and the facts of its measurement."""
-        if not len(x):
-            raise UsageError(f"{self.name}: there is no sample to run; give at least one")
+    def _measure(self, jobs: Sequence[Job], x: Floats, at_once: int) -> list[tuple[NDArray[np.int64], dict[str, str]]]:
+        """Per job its readings [launches, R, ...] in ns, ``at_once`` samples to each, and the facts of its measurement."""
+        if len(x) < at_once:
+            raise UsageError(f"{self.name}: {len(x)} samples are less than the {at_once} of one reading; give {at_once} or more")
         for net, _ in jobs:
             if reason := self.why_not(net):
                 raise AnytimeError(f"{self.name} cannot time {net.execution}: {reason}")
@@ -158,7 +159,8 @@ class Host(Board):
         reports: dict[str, list[dict[str, Any]]] = {group: [] for group in groups}
         with _own_folder() as folder:
             for group, members in groups.items():
-                _write(Path(folder) / f"jobs{group}", self.threads, self.warmup, self.batch, [jobs[i] for i in members], x)
+                its = [jobs[i] for i in members]
+                _write(Path(folder) / f"jobs{group}", self.threads, self.warmup, self.batch, at_once, its, x)
             for launch in range(self.launches):
                 for group, members in groups.items():
                     where = f"{self.name}, launch {launch + 1} of {self.launches}"
@@ -170,9 +172,8 @@ class Host(Board):
         for group, members in groups.items():
             measured = facts | {"interleaved": str(len(members))} | _noise(reports[group], self.threads)
             for place, i in enumerate(members):
-                own = {
-                    name: _median([report[name][place] for report in reports[group]]) for name in ("first_answer_ms", "memory_mb")
-                }
+                opening = [report["opening"][place] for report in reports[group]]
+                own = {name: _median([said[name] for said in opening]) for name in opening[0]}
                 found[i] = np.stack([report["readings"][place] for report in reports[group]]), measured | own
         return [found[i] for i in range(len(jobs))]
 

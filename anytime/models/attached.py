@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -188,7 +189,10 @@ class Attached(ModelSpec):
             if hasattr(m, "inplace"):
                 setattr(m, "inplace", False)  # noqa: B010  (torch's types do not know it)
         try:
-            graph = tracer.trace(net)
+            # Arguments behind the images stay what their defaults say.
+            takes = inspect.signature(net.forward).parameters.values()
+            fixed = {p.name: p.default for p in takes if isinstance(p.default, bool | int | float | str | None)}
+            graph = tracer.trace(net, fixed or None)
             for node in graph.nodes:
                 if node.op == "call_method" and node.target.endswith("_") and hasattr(Tensor, node.target[:-1]):
                     node.target = node.target[:-1]
@@ -203,7 +207,7 @@ class Attached(ModelSpec):
             raise UsageError(
                 f"{self.backbone} cannot be traced by torch.fx ({_say(error)}): its forward must not depend on values"
             ) from error
-        if sum(n.op == "placeholder" for n in graph.nodes) > 1:
+        if sum(n.op == "placeholder" for n in _needed(graph.output_node())) > 1:
             raise UsageError(
                 f"{self.backbone}: its forward takes more than one input; give a factory whose network takes images only"
             )
@@ -244,13 +248,18 @@ class Attached(ModelSpec):
     ) -> AnytimeModel:
         entering = [n for n in nodes if n.op == "placeholder"]
         done = set(entering)
+        # What hangs on no sample (a parameter, the sigmoid of one) is no part of the state: whoever reads it computes it again.
+        constant: set[fx.Node] = set()
+        for n in nodes:
+            if n.op != "placeholder" and constant.issuperset(n.all_input_nodes):
+                constant.add(n)
         stages: list[nn.Module] = []
         heads: list[nn.Module] = []
         for tap in taps:
             needed = _needed(tap)
             part = [n for n in nodes if n in needed and n not in done]
             done.update(part)
-            read = {a for n in nodes if n not in done for a in n.all_input_nodes if a.op != "get_attr"}
+            read = {a for n in nodes if n not in done for a in n.all_input_nodes if a not in constant}
             leaving = [tap, *(n for n in nodes if n in done and n in read and n is not tap)]
             for n in leaving:
                 if isinstance(shapes[n], str):

@@ -14,7 +14,8 @@ from anytime.model import AnytimeModel, ModelSpec
 class Static(ModelSpec):
     """The trunk of ``of`` with its last head: one stage, one exit, no branch.
 
-    Its stages keep their order inside ``stages.0``, so that ``of`` can begin from its weights (BranchyNet does).
+    Its stages keep their order inside ``stages.0``, so that ``of`` can begin from its weights (BranchyNet does); of stages that
+    restart ``stages.0`` is the last one.
     Source: this project.
     """
 

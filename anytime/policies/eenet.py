@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -27,18 +28,27 @@ class EENet(Threshold):
     scores of the exits before (``features`` [E-1][2+k]). It learns to say whether the exit is right, most of all about the
     samples that a second net, used for this alone, would assign to the exit; the mean assignment gives the exits' shares, and
     thresholds are set in turn to keep them. ``seed`` draws the start: UsageError without one. ``fit_accuracy`` learns anew for
-    each of the 13 budgets that it tries.
+    each of the 13 to 25 budgets that it tries.
     Source: Ilhan et al., "Adaptive Deep Neural Network Inference Optimization with EENet", WACV 2024, and its code, whose
-    released form does not run. Deviations: the budget is met, not aimed at within 10 %: of all shares that spend it, those
-    are taken that are nearest to the learned ones (in relative entropy: each times exp(-t x cost), t found on val); scores start
-    from the largest probability plus noise and are learned in ``steps`` full-batch steps of Adam at 0.01, not in 1,000 epochs at
-    3e-5 from ten random starts; one start; all of it on val.
+    released form does not run. Deviations: scores are clamped to [0, 1] where they are learned and where later exits read them,
+    and compared unclamped, as most of a sure network's samples would tie at 1 and could not be divided; so the budget is met,
+    not aimed at within 10 %: of all shares that spend it, those are taken that are nearest to the learned ones (in relative
+    entropy: each times exp(-t x cost), t found on val); scores start from the largest probability plus noise and are learned in
+    ``steps`` full-batch steps of Adam at 0.01, not in 1,000 epochs at 3e-5 from ten random starts; one start; all of it on val.
     """
+
+    version: ClassVar[int] = 2  # 1 compared clamped scores
 
     seed: int | None = None
     steps: int = 600
     classes: tuple[tuple[float, ...], ...] = ()
     features: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name of the question; its seed and steps where they are not 0 and 600."""
+        steps = "" if self.steps == EENet.steps else f", {self.steps} steps"
+        return super().label + (f", seed {self.seed}" if self.seed else "") + steps
 
     @cached_property
     def _arrays(self) -> tuple[Floats, Floats]:

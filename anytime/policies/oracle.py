@@ -1,4 +1,4 @@
-"""The most accurate that any policy could be at a cost, labels known."""
+"""The most accurate that leaving could be at a cost, labels known."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from anytime.policy import PathCost, Policy, mean_cost
 class Oracle(Policy):
     """Leave at the cheapest exit that is right, else at the cheapest of all, as far as the budget goes: a bound.
 
-    Nobody spends less for as many right answers: each sample that the cheapest exit gets wrong costs its own extra to get
-    right, and the budget pays for the smallest extras first (of equals for the first sample). That optimum is found anew on
-    whatever predictions it is asked about. ``fit`` only keeps ``budget`` and ``prices`` [E], the cost of leaving at each exit,
-    every head on the way included. ``fit_accuracy`` keeps the least budget that reaches the accuracy on val.
+    Of all who leave at one exit, answer with it and run every head on the way, nobody spends less for as many right answers
+    (who reads fewer heads, as Fixed and Reading, or answers with several exits, as ZTW, may): each sample that the cheapest
+    exit gets wrong costs its own extra to get right, and the budget pays for the smallest extras first (of equals for the first
+    sample). That optimum is found anew on whatever predictions it is asked about. ``fit`` only keeps ``budget`` and ``prices``
+    [E], the cost of leaving at each exit. ``fit_accuracy`` keeps the least budget that reaches the accuracy on val.
     Source: this project; "first correct exit" is the oracle of Huang et al. (MSDNet) and Kaya et al. (SDN).
     """
 

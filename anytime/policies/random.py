@@ -33,7 +33,7 @@ class Random(Policy):
     @property
     def label(self) -> str:
         """The name of the question."""
-        return f"Random as {self._of.label}"
+        return f"Random as {self._of.label}" + (f", seed {self.seed}" if self.seed else "")
 
     @property
     def _of(self) -> Policy:

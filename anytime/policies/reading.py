@@ -31,8 +31,8 @@ class Reading(Policy):
 
     ``reads``: these, from 0, the last of them takes what is left. By default ``fit`` chooses them, of all sets of 2 to ``most``
     exits: the set whose fitted policy is most accurate on val within the budget (``fit_accuracy``: cheapest at the accuracy); of
-    equals the cheaper (the more accurate), then the first. ``chosen`` is what it found. UsageError without ``of``, with a bound,
-    and for exits that the network does not have.
+    equals the cheaper (the more accurate), then the first. ``chosen`` is what it found. UsageError without ``of``, with a bound
+    or with one that promises a risk, and for exits that the network does not have.
     Source: this project; that heads are paid for is Huang et al.'s remark on MSDNet, ICLR 2018, section 4.
     """
 
@@ -63,6 +63,10 @@ class Reading(Policy):
     def _of(self) -> Policy:
         if self.of is None or self.of.bound:
             raise UsageError("Reading needs a policy that a board can run: give it one, as in Reading(of=MaxProb())")
+        if self.of.promises:
+            raise UsageError(
+                f"Reading: what {self.of.label} promises holds against the network's last exit, read with all others; use it alone"
+            )
         return self.of
 
     def uses(self, n_exits: int) -> tuple[int, ...]:
@@ -91,7 +95,7 @@ class Reading(Policy):
         found: list[tuple[tuple[float, float], int, Policy]] = []
         refused: list[Infeasible] = []
         for i, reads in enumerate(self._sets(val.n_exits)):
-            some = replace(val, logits=self._tempered_all(val.logits)[list(reads)])
+            some = replace(val, logits=self.tempered_all(val.logits)[list(reads)])
             try:
                 inner = fit(self._of, some, Within(cost, reads))
             except Infeasible as error:
@@ -140,7 +144,4 @@ class Reading(Policy):
         """As ``of``, whose exits these are: shares of others are given to the next one that is read."""
         reads = list(self.uses(len(logits)))
         upto = np.concatenate([np.asarray(shares, dtype=np.float64).cumsum()[reads[:-1]], [1.0]])
-        return replace(self, of=self._of.matched(np.diff(upto, prepend=0.0).tolist(), self._tempered_all(logits)[reads]))
-
-    def _tempered_all(self, logits: Floats) -> Floats:
-        return logits / np.array(self.temperatures)[:, None, None] if self.temperatures else logits
+        return replace(self, of=self._of.matched(np.diff(upto, prepend=0.0).tolist(), self.tempered_all(logits)[reads]))

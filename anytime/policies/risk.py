@@ -34,6 +34,8 @@ class RiskControl(Threshold, Listed):
     the other, with losses of -1 to 1, is the paper's: by betting (Waudby-Smith and Ramdas, JRSS B 2024).
     """
 
+    promises = True
+
     epsilon: float = 0.05
     delta: float = 0.1
     against: Literal["last", "labels"] = "last"
@@ -41,7 +43,8 @@ class RiskControl(Threshold, Listed):
     @property
     def label(self) -> str:
         """The name of the question."""
-        return f"{super().label} {self.epsilon:g}" + (" of accuracy" if self.against == "labels" else "")
+        sure = "" if self.delta == RiskControl.delta else f" (delta {self.delta:g})"
+        return f"{super().label} {self.epsilon:g}" + (" of accuracy" if self.against == "labels" else "") + sure
 
     def _scores(self, logits: Floats) -> Floats:
         return stops.max_probability(logits)

@@ -49,8 +49,7 @@ class ZTW(Searched):
         answered = super().answer(logits, exits).astype(np.float64)
         for k in range(len(logits) - 1):
             if (here := exits == k).any():
-                temperature = self.temperatures[k] if self.temperatures else 1.0
-                answered[here] = stops.ensemble(logits[: k + 1, here], *self._arrays) / temperature
+                answered[here] = stops.ensemble(self._tempered(logits[: k + 1, here]), *self._arrays)
         return answered
 
     def _learned(self, val: Predictions) -> ZTW:

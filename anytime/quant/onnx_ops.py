@@ -89,6 +89,13 @@ def _pair(v: Any) -> list[int]:
 
 
 def _max_pool(w: Writer, m: nn.MaxPool2d, name: str, x: Value, _: bool) -> str:
+    sides = zip(*(_pair(v) for v in (m.kernel_size, m.stride, m.padding, m.dilation)), strict=True)
+    # No window starts in the padding behind the map, whatever its size, if what it spans reaches from there to the last start.
+    if m.ceil_mode and any(stride + pad > dilation * (size - 1) + 1 for size, stride, pad, dilation in sides):
+        raise Unsupported(
+            f"{name}: MaxPool2d with ceil_mode whose last window may start in the padding differs between torch and ONNX; "
+            "write it without, or with a larger window"
+        )
     return w.op(
         "MaxPool", [x.name], name, kernel_shape=_pair(m.kernel_size), strides=_pair(m.stride), pads=_pair(m.padding) * 2,
         dilations=_pair(m.dilation), ceil_mode=int(m.ceil_mode),
@@ -128,6 +135,8 @@ def _flatten(w: Writer, m: nn.Flatten, name: str, x: Value, _: bool) -> str:
 
 
 def _lrn(w: Writer, m: nn.LocalResponseNorm, name: str, x: Value, _: bool) -> str:
+    if m.size % 2 == 0:
+        raise Unsupported(f"{name}: LocalResponseNorm over {m.size} channels has no ONNX form; use an odd number")
     return w.op("LRN", [x.name], name, size=m.size, alpha=m.alpha, beta=m.beta, bias=m.k)
 
 

@@ -134,6 +134,7 @@ class Cell:
             "eval",
             {"size_bytes": size, "net": {"exclusions": ""}},
             exits=exits,
+            of="eval",
             layers=list(layers),
             attachment=file.getvalue(),
         )

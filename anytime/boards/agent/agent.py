@@ -193,20 +193,17 @@ def run() -> None:
     """Every task that has no result yet; what a task's process dies of is its result."""
     job = _job()
     os.makedirs("results", exist_ok=True)
-    for i, task in enumerate(job["tasks"]):
+    for task in job["tasks"]:
         name = task["name"]
         if any(os.path.exists("results/%s.%s" % (name, kind)) for kind in ("npz", "error")):
             continue
-        _progress(job, i, 0)
-        died = _supervised(job, i)
+        died = _supervised(job, name)
         if died and not os.path.exists("results/%s.npz" % name) and not os.path.exists("results/%s.error" % name):
             _cannot(name, died)
-    _progress(job, len(job["tasks"]), 0)
 
 
-def _supervised(job: Dict[str, Any], i: int) -> str:
-    """Run task ``i`` in a fresh process, which dies with us; answer how it died, "" where it ended well."""
-    name, beats = job["tasks"][i]["name"], 0
+def _supervised(job: Dict[str, Any], name: str) -> str:
+    """Run task ``name`` in a fresh process, which dies with us; answer how it died, "" where it ended well."""
     command = [sys.executable, "-B", os.path.abspath(__file__), "task", name]
     env = machine.environment(OMP_NUM_THREADS=str(job["threads"]))
     with open(name + ".words", "wb") as words:
@@ -220,8 +217,6 @@ def _supervised(job: Dict[str, Any], i: int) -> str:
                 break
             if not os.read(child.stdout.fileno(), 4096):
                 break
-            beats += 1
-            _progress(job, i, beats)
     finally:
         if silent:
             child.kill()
@@ -237,12 +232,6 @@ def _job() -> Dict[str, Any]:
     with open("job.json", encoding="utf-8") as f:
         job = json.load(f)  # type: Dict[str, Any]
     return job
-
-
-def _progress(job: Dict[str, Any], i: int, beats: int) -> None:
-    name = job["tasks"][i]["name"] if i < len(job["tasks"]) else ""
-    said = json.dumps({"task": name, "done": i, "of": len(job["tasks"]), "beats": beats})
-    _write("progress.json", lambda f: f.write(said.encode("utf-8")))
 
 
 def _cannot(name: str, sentence: str) -> None:

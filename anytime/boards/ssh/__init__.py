@@ -131,7 +131,7 @@ class Ssh(Board):
         if net.format == "tensorrt":
             rows, built = results.engines(job.piece("build"), pieces[-1], folder, net)
             facts |= job.tool.facts | built
-        return Timing(**times, launches=self.launches, facts=facts, layers=rows, energy_mj=mj)
+        return Timing(**times, launches=self.launches, facts=facts, layers=rows, energy_mj=mj, restarts=net.restarts)
 
     def run(self, jobs: Sequence[tuple[Deployable, Policy]], x: Floats) -> list[Replayed]:
         with self._job([net for net, _ in jobs], x) as job:
