@@ -113,8 +113,9 @@ def compare(a: str, b: str, results: Path, allowed: Mapping[str, float]) -> Comp
     """A beside B, paired by network, backend, and exit or policy; experiments of other names where each side has but one.
 
     Networks are paired by their specs, what is left by what it is called; accuracies sample by sample where both sides hold
-    predictions of the same test labels under the same training seeds (Tango's interval, averaged over seeds), else apart. Times have an interval where both were measured in several sessions. A pair
-    is worse when it is so by more than is allowed *and* its interval, if it has one, says so too. UsageError where nothing is paired.
+    predictions of the same test labels under the same training seeds (Tango's interval, averaged over seeds), else apart. Times
+    have an interval where both were measured in several sessions. A pair is worse when it is so by more than is allowed *and* its
+    interval, if it has one, says so too. UsageError where nothing is paired.
     """
     left, right, said = sides(a, results), sides(b, results), Comparison()
     alone = len(left) == len(right) == 1
@@ -147,14 +148,13 @@ def _partners(ours: Sequence[Network], theirs: Sequence[Network]) -> dict[int, N
     """
     found: dict[int, Network] = {}
     taken: set[int] = set()
-    place = lambda n: [n.spec.get("seed"), n.facts.get("suite", 0)]  # noqa: E731
-    labels = lambda n: [*(n.label(name) for name in ("dataset", "model", "backend")), *place(n)]  # noqa: E731
-    for name in (lambda n: [n.spec, place(n)], lambda n: [n.variant, *labels(n)], labels):
+    for by in ("spec", "name and variant", "name"):
         left, right = defaultdict[str, list[Network]](list), defaultdict[str, list[Network]](list)
         for side, networks in ((left, ours), (right, theirs)):
             for n in networks:
                 if id(n) not in found and id(n) not in taken:
-                    side[key_of(name(n))].append(n)
+                    own = {"spec": [n.spec], "name and variant": [_names(n)], "name": [_labels(n)]}[by]
+                    side[key_of([own, n.spec.get("seed"), n.facts.get("suite", 0)])].append(n)
         for called, those in left.items():
             if len(those) == len(right[called]) == 1:
                 found[id(those[0])] = right[called][0]
@@ -268,7 +268,7 @@ def _paired(
     losses = []
     for seed in sorted(ours[1].files.keys() & theirs[1].files.keys()):
         x, y = (fold.answered.right(network, asked, seed) for fold, network, _ in (ours, theirs))
-        if x is None or y is None or not np.array_equal(_labels(ours[1].files[seed]), _labels(theirs[1].files[seed])):
+        if x is None or y is None or not np.array_equal(_truth(ours[1].files[seed]), _truth(theirs[1].files[seed])):
             return None
         losses.append(paired_loss(x, y))
     if not losses or ours[1].scores[asked].keys() != theirs[1].scores[asked].keys():
@@ -277,7 +277,7 @@ def _paired(
     return 0.0 - value, 0.0 - hi, 0.0 - lo
 
 
-def _labels(path: Path) -> np.ndarray[Any, Any]:
+def _truth(path: Path) -> np.ndarray[Any, Any]:
     with np.load(path) as file:  # it was read before, for its answers
         return np.asarray(file["labels"])
 
@@ -341,13 +341,17 @@ def _failures(ours: Network, theirs: Network) -> Iterator[Pair]:
 
 
 def _names(network: Network) -> tuple[str, str, str]:
-    """Data set, network and backend."""
-    model = network.label("model")
-    return network.label("dataset"), f"{model} ({network.variant})" if network.variant else model, network.label("backend")
+    """Data set, network with its variant, and backend."""
+    data, model, backend = _labels(network)
+    return data, f"{model} ({network.variant})" if network.variant else model, backend
+
+
+def _labels(network: Network) -> tuple[str, str, str]:
+    return network.label("dataset"), network.label("model"), network.label("backend")
 
 
 def _called(network: Network) -> str:
-    return ", ".join(filter(None, (*(network.label(name) for name in ("dataset", "model", "backend")), network.variant)))
+    return ", ".join(filter(None, (*_labels(network), network.variant)))
 
 
 def _asked(asked: Asked) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ _IS: dict[str, dict[str, tuple[type, ...]]] = {  # what a name holds, where it i
     "points": {
         **dict.fromkeys(METRICS, (int, float)),
         **dict.fromkeys(
-            listed("n_right budget policy_position own_macs activation_bytes spent_val own_latency_ms_p50 same_answers"),
+            listed("n_right budget policy_position own_macs peak_activation_bytes spent_val own_latency_ms_p50 same_answers"),
             (int, float),
         ),
         **dict.fromkeys(listed("policy_label arm currency taken right budgets_of"), (str,)),
@@ -57,7 +57,7 @@ _IS: dict[str, dict[str, tuple[type, ...]]] = {  # what a name holds, where it i
 _TIMED_ON = listed("cpu flags threads batch provider power_mode clocks l4t tensorrt torch onnxruntime openvino tensorflow")
 
 
-_ALWAYS_SAID = frozenset({"add_bits"})  # W4A4 means two things: what additions read may keep more bits
+_ALWAYS_SAID = ("add_bits",)  # W4A4 means two things: what additions read may keep more bits
 
 
 class Asked(NamedTuple):
@@ -287,29 +287,25 @@ def name_columns(networks: Sequence[Network]) -> None:
     A field that two of "INT4 PTQ (QDrop)" differ in is said of every "INT4 PTQ". First the fields of what an engine executes,
     whichever engine it is; then the engine's own, among the rows of one engine.
     """
-    for apart, leaves_of, always in (
-        (listed("dataset model"), lambda n: _leaves(_innermost(n.spec.get("backend"))), _ALWAYS_SAID),
-        (listed("dataset model execution"), lambda n: _leaves(n.spec.get("backend")), frozenset[str]()),
-    ):
+    for apart, whole, always in ((listed("dataset model"), False, _ALWAYS_SAID), (listed("dataset model execution"), True, ())):
         families: dict[str, list[Network]] = defaultdict(list)
         for network in networks:
             stem = network.label("column").partition(" (")[0]
             families[key_of([network.variant, stem, *map(network.label, apart)])].append(network)
         for family in families.values():
-            leaves = [{k: v for k, v in leaves_of(n).items() if k.rpartition(".")[2] not in ("is", "version")} for n in family]
+            backends = [n.spec.get("backend") if whole else _innermost(n.spec.get("backend")) for n in family]
+            leaves = [{k: v for k, v in _leaves(b).items() if k.rpartition(".")[2] not in ("is", "version")} for b in backends]
             for network, fields in zip(family, _differences(leaves, [n.label("column") for n in family], always), strict=True):
                 fields = {path: value for path, value in fields.items() if (path, value) != ("add_bits", "0")}
                 network.facts = network.facts | {"column": _with(network.label("column"), fields)}
 
 
-def _differences(
-    leaves: Sequence[dict[str, str]], alike: Sequence[str], always: frozenset[str] = frozenset()
-) -> list[dict[str, str]]:
+def _differences(leaves: Sequence[dict[str, str]], alike: Sequence[str], always: Collection[str] = ()) -> list[dict[str, str]]:
     """Of every leaf in which two that are ``alike`` differ, and of ``always``, what each says of it, if anything."""
     frame = pd.DataFrame(leaves).fillna("")
     n_different = frame.groupby(list(alike)).nunique()
     differ = [str(path) for path in frame if path in always or (n_different[path] > 1).any()]
-    return [{path: value for path, value in said.items() if value} for said in frame[differ].to_dict("records")]
+    return [{str(path): value for path, value in said.items() if value} for said in frame[differ].to_dict("records")]
 
 
 def _with(name: str, fields: Mapping[str, str]) -> str:

@@ -30,7 +30,7 @@ COLUMNS = listed(
     "size_bytes latency_ms_p50 latency_ms_p90 latency_ms_p99 cpu_ms speedup speedup_over agreement int8_macs_share status reason "
     "column exit currency spent spent_val loss loss_lo loss_hi loss_upper static_loss static_loss_lo static_loss_hi "
     "static_loss_upper static_macs ece nll exit_flips exit_shares packed_bytes "
-    "activation_bytes own_macs own_latency_ms_p50 latency_ms_mean latency_ms_spread n_sessions n_timed same_exits "
+    "peak_activation_bytes own_macs own_latency_ms_p50 latency_ms_mean latency_ms_spread n_sessions n_timed same_exits "
     "same_answers macs_by_bits worst_layer front simulated noisy reference of seed variant cell exclusions "
     "brier auroc overthinking nll_reached brier_reached ece_reached auroc_reached budget_violation budget_violation_lo "
     "budget_violation_hi exit_flips_lo exit_flips_hi earlier_flips later_flips harmful_flips helpful_flips prediction_flips "
@@ -46,7 +46,7 @@ _WORDS = listed(
 _WHOLE = listed("n exit n_sessions n_timed seed")
 _TRUTH = listed("front simulated noisy reference bound")
 _SCORED = listed(
-    "macs bops params packed_bytes activation_bytes own_macs agreement int8_macs_share ece nll brier auroc overthinking spent "
+    "macs bops params packed_bytes peak_activation_bytes own_macs agreement int8_macs_share ece nll brier auroc overthinking spent "
     "spent_val budget_violation exit_flips earlier_flips later_flips harmful_flips helpful_flips prediction_flips regret area "
     "max_error max_error_share answers"
 )
@@ -265,7 +265,7 @@ def _whole(network: Network, asked: Asked) -> Row:
     row["input_shape"] = "x".join(map(str, network.facts.get("input_shape", ())))
     exits = [_score(list(points.values())) for a, points in sorted(network.scores.items(), key=order) if a.exit is not None]
     if asked.exit is None and exits:
-        row |= {name: exits[-1][name] for name in ("params", "packed_bytes", "activation_bytes")}
+        row |= {name: exits[-1][name] for name in ("params", "packed_bytes", "peak_activation_bytes")}
         row["agreement"] = min(e["agreement"] for e in exits)
     return row | {"macs_by_bits": _macs_by_bits(network.layers), "worst_layer": _worst_layer(network.layers)}
 

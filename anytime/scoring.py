@@ -41,7 +41,7 @@ def eval_rows(
                 "exit": k, "n": len(test.labels), "n_right": int(right[k].sum()), "accuracy": float(right[k].mean()),
                 **confidence(test.logits[k], test.labels), "overthinking": float(over[k]),
                 **{what: float(values[k]) for what, values in every.items()},
-                "activation_bytes": float(max(part.activation_bytes[passed].max() for part in (cost.stage, cost.head))),
+                "peak_activation_bytes": float(max(part.activation_bytes[passed].max() for part in (cost.stage, cost.head))),
                 "own_macs": cost.path((k,), k), "stage_macs": float(cost.stage.macs[k]), "head_macs": float(cost.head.macs[k]),
                 "agreement": float(agreement[k]),
                 "int8_macs_share": None if int8 is None else float(int8[k] / every["macs"][k]),

@@ -46,4 +46,15 @@ MD = Style("  \n", md_table, str)
 PLAIN = Style("\n", _text_table, _starred)
 LATEX = Style("\n\n", _tex_table, lambda text: r"\par\footnotesize " + _tex(text))
 _TEX = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\^{}", "–": "--"})
-_TEX |= str.maketrans({"<": "$<$", ">": "$>$", "×": r"$\times$", "≤": r"$\le$", "≥": r"$\ge$", "→": r"$\to$", "†": r"\textdagger{}", "·": r"$\cdot$"})
+_TEX |= str.maketrans(
+    {
+        "<": "$<$",
+        ">": "$>$",
+        "×": r"$\times$",
+        "≤": r"$\le$",
+        "≥": r"$\ge$",
+        "→": r"$\to$",
+        "†": r"\textdagger{}",
+        "·": r"$\cdot$",
+    }
+)

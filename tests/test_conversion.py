@@ -164,6 +164,13 @@ def test_a_trained_network_keeps_its_accuracy(tmp_path):
     assert "not its classes" in row["reason"] and np.isnan(row["accuracy"])
 
 
+def test_samples_that_share_a_reading_are_one_of_its_percentiles(done):
+    points = [(r.board, p) for r, _ in load(done / "records", "converted").records if r.kind == "replay" for p in r.points]
+    assert {board for board, _ in points} == {"host", "host, batch 4"}
+    for board, point in points:
+        assert point["n"] == 32 and point["n_timed"] == (32 if board == "host" else 1)
+
+
 def test_forced_shares_are_timed_end_to_end(table):
     executed = table[(table["of"] == "replay") & (table["board"] == "host")]
     assert set(executed["column"]) == {"FP32", "INT8 PTQ"} and len(executed) == 3

@@ -82,7 +82,11 @@ def charts(rows: pd.DataFrame, networks: Sequence[Network]) -> Row:
             if row["arm"] == "refitted" and len(network.cells) == 1:
                 series[key]["points"] = _curve(network, row, total)
         ms = row["latency_ms_p50"] if absent(row["latency_ms_mean"]) else row["latency_ms_mean"]
-        asked = row["policy"] if is_exit else f"budget {row['budget']:g} {'ms' if row['currency'] == 'ms' else '× ' + row['currency']}"
+        asked = (
+            row["policy"]
+            if is_exit
+            else f"budget {row['budget']:g} {'ms' if row['currency'] == 'ms' else '× ' + row['currency']}"
+        )
         at = row["macs"] / total
         if row["currency"] == "macs" and row["spent"] > 0:
             at *= row["budget"] / row["spent"]

@@ -122,7 +122,7 @@ class Cell:
                 "bops": 100_000 * (k + 1) * bits * bits,
                 "params": 10_000 * (k + 1),
                 "packed_bytes": 10_000 * (k + 1) * bits // 8,
-                "activation_bytes": 4_000,
+                "peak_activation_bytes": 4_000,
                 "own_macs": 90_000 * (k + 1),
                 "agreement": agreement - 0.025 * k * (agreement < 1),
                 "int8_macs_share": share,
