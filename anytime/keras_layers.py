@@ -106,8 +106,7 @@ class KerasLayers:
         if target is torch.cat and (kwargs.get("dim") or (args[1:] or [0])[0]) == 1:
             return Value(self.keep(layers.Concatenate(-1), name, self._plain(args[0])))
         if target is F.adaptive_avg_pool2d:
-            size = args[1] if len(args) > 1 else kwargs["output_size"]
-            return Value(_adaptive_pool(self, nn.AdaptiveAvgPool2d(size), name, args[0].tensor))
+            return Value(_adaptive_pool(self, nn.AdaptiveAvgPool2d(args[1]), name, args[0].tensor))
         if target in ("detach", "contiguous"):
             return args[0]
         if target in (torch.flatten, "flatten") and tuple(args[1:2] or kwargs.values()) == (1,):

@@ -329,7 +329,7 @@ def _times(points: Sequence[Row]) -> Row:
     row |= {"latency_ms_spread": max(p50s) - min(p50s) if len(p50s) > 1 else NAN, "noisy": any(p["noisy"] for p in points)}
     return row | {
         "n_sessions": len({p["session"] or i for i, p in enumerate(points)}),
-        "n_timed": int(min(known["n"], default=0)),
+        "n_timed": int(min((p.get("n_timed") or p["n"] for p in points if not absent(p.get("n"))), default=0)),
     }
 
 

@@ -76,5 +76,5 @@ EXPERIMENT = Experiment(
     boards=(Host(), Host(batch=8, launches=1, warmup=2)),
     arms=("refitted",),
     time_samples=24,
-    replay_samples=24,
+    replay_samples=64,
 )

@@ -74,11 +74,6 @@ class Joined(nn.Module):
         return torch.cat([torch.relu(both.flatten(1)), torch.flatten(x, 1)], dim=1)
 
 
-class Pooled(nn.Module):
-    def forward(self, x):
-        return nn.functional.adaptive_avg_pool2d(x, output_size=1)
-
-
 class Sliced(nn.Module):
     def forward(self, x):
         return x[:, ::2]
@@ -102,7 +97,6 @@ LAYERS = {
     "average": nn.AvgPool2d(3, 2),
     "padded average": nn.AvgPool2d(3, 1, 1),
     "adaptive": nn.AdaptiveAvgPool2d(1),
-    "adaptive by a named argument": Pooled(),
     "LRN": LocalResponseNorm(3, alpha=0.5, beta=0.75, k=2.0),
     "mixed pooling": MixedPool2d(3),
     "zero channels": ZeroPadShortcut(2, 1, 3),
