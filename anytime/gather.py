@@ -43,7 +43,9 @@ _IS: dict[str, dict[str, tuple[type, ...]]] = {  # what a name holds, where it i
     "points": {
         **dict.fromkeys(METRICS, (int, float)),
         **dict.fromkeys(
-            listed("n_right budget policy_position own_macs n_timed peak_activation_bytes spent_val own_latency_ms_p50 same_answers"),
+            listed(
+                "n_right budget policy_position own_macs n_timed peak_activation_bytes spent_val own_latency_ms_p50 same_answers"
+            ),
             (int, float),
         ),
         **dict.fromkeys(listed("policy_label arm currency taken right budgets_of"), (str,)),
