@@ -230,8 +230,8 @@ def _run(
     model.to(device, memory_format=layout)  # type: ignore[call-overload]
     recipe.loss.begin(model)
     forward = _compiled(model) if recipe.compile else model
-    sizes, seed = _batch_sizes(len(y), recipe.batch), trainer.train_seed * 1000
-    steps = len(sizes)
+    sizes = _batch_sizes(len(y), recipe.batch)
+    steps, seed = len(sizes), trainer.train_seed * 1000
     optimizer, schedule = _optimizer(model, recipe, steps)
     started = time.perf_counter()
     first, spent = 0, 0.0

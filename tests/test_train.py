@@ -200,7 +200,12 @@ def test_what_torch_refuses_names_the_recipes_field(wrong, said):
 
 
 def test_whole_numbers_are_arguments_of_schedules():
-    trainer(schedule="CosineAnnealingWarmRestarts", schedule_args=(("T_0", 1), ("eta_min", 1e-4))).fit(fresh())
+    own = trainer(schedule="CosineAnnealingWarmRestarts", schedule_args=(("T_0", 1), ("eta_min", 1e-4)))
+    _, schedule = _optimizer(fresh(), own.recipe, steps=4)
+    assert (type(schedule.T_0), schedule.T_0, schedule.eta_min) == (int, 1, 1e-4), "torch refuses 1.0 here"
+    model = fresh()
+    own.fit(model)
+    assert model.trained_on == {own.train.digest}
 
 
 def test_learning_rates_of_a_schedule_are_scaled_too(monkeypatch):
