@@ -16,7 +16,7 @@ import numpy as np
 
 from anytime import cpu, policies, stops
 from anytime.engine import Graph, OnnxRuntimeGraph, OpenVINOGraph
-from anytime.errors import AnytimeError, CorruptFile, UsageError, near
+from anytime.errors import AnytimeError, CorruptFile, UsageError, first_line, near
 from anytime.execute import Executor
 from anytime.metrics import Floats, Ints
 from anytime.policies.fixed import Fixed
@@ -93,7 +93,7 @@ def load(folder: Path | str, *, policy: Policy | None = None, engine: Engine | N
         except AnytimeError:
             raise
         except Exception as error:  # engines share no base class
-            raise AnytimeError(f"{engine} cannot take {folder / said['file']}: {_first_line(error)}") from error
+            raise AnytimeError(f"{engine} cannot take {folder / said['file']}: {first_line(error)}") from error
         parts.append(Part(said["first"], said["stop"], said["head"], run))
     if policy is None:
         policy = Fixed() if manifest["policy"] is None else policy_of(manifest["policy"]["spec"])
@@ -280,7 +280,3 @@ def _pixels(image: Any, shape: Sequence[int], place: int) -> Floats:
     else:
         raise UsageError(f"image {place} is {a.dtype}: give uint8 from 0 to 255, or floats from 0 to 1")
     return x.transpose(2, 0, 1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

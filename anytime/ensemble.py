@@ -15,7 +15,7 @@ from anytime.combiners import Fit, Vote, fitted
 from anytime.cost import account
 from anytime.dataset import Part
 from anytime.ensemble_net import EnsembleNet, answers, links
-from anytime.errors import AnytimeError, Leak, Unsupported, UsageError
+from anytime.errors import AnytimeError, Leak, Unsupported, UsageError, first_line
 from anytime.metrics import Floats, disagreement, double_fault, ece
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.train import Others, Trainer
@@ -161,7 +161,7 @@ def _common(made: Sequence[Made], x: Floats) -> int:
         except AnytimeError:
             raise
         except Exception as error:  # engines share no base class
-            shape, said = "x".join(map(str, x.shape[1:])), (str(error).strip() or type(error).__name__).splitlines()[0]
+            shape, said = "x".join(map(str, x.shape[1:])), first_line(error)
             raise Unsupported(f"{one.label} does not take inputs of {shape} as the other members do: {said}") from error
         if counts[-1] != counts[0]:
             raise Unsupported(f"{one.label} knows {counts[-1]} classes, {made[0].label} {counts[0]}: members need the same ones")

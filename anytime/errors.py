@@ -69,6 +69,11 @@ class Infeasible(AnytimeError):
         return type(self), (str(self), self.least, self.best)
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says first; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """A clause for an unknown ``name``: its near misses if there are any, else all that there is."""
     known = sorted(set(names))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from anytime.errors import AnytimeError, UsageError
+from anytime.errors import AnytimeError, UsageError, first_line
 from anytime.metrics import Floats, Ints
 from anytime.policy import Policy
 
@@ -117,6 +117,8 @@ class Executor:
         # For each exit that is read: what has been read by then (a slice copies nothing), and the exit as an array.
         self._so_far = [slice(i + 1) if k == i else np.array(self.used[: i + 1]) for i, k in enumerate(self.used)]
         self._exits = [np.array([k]) for k in self.used]
+        # What is answered is then among what was read, and needs no call to be found.
+        self._as_taken = self.policy.answers_as == "exit taken" and not self.policy.temperatures
         self._blank: Floats | None = None
 
     def one(self, x: Floats, place: int = 0) -> tuple[int, Floats]:
@@ -146,8 +148,8 @@ class Executor:
                 break
             i += 1
         assert read is not None
-        answer = self.policy.answer(read, self._exits[i])
-        if not (_finite(answer) and _finite(read[self._so_far[i]])):
+        answer = read[used[i]] if self._as_taken else self.policy.answer(read, self._exits[i])
+        if not (_finite(read[self._so_far[i]]) and (self._as_taken or _finite(answer))):
             for k in used[: i + 1]:
                 _check_read(k, read[k], [place])
             self._check_answer(used[i], answer, [place])
@@ -308,8 +310,7 @@ class Executor:
         if isinstance(error, MemoryError):
             hint = f"{len(place)} samples at once: give a batch under {self.batch}" if self.batch > 1 else "one sample"
             return AnytimeError(f"{what}: no memory for {hint}")
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]  # engines share no base class
-        return AnytimeError(f"{what}: the engine failed on {_named(place)}: {said}")
+        return AnytimeError(f"{what}: the engine failed on {_named(place)}: {first_line(error)}")
 
 
 def _check_read(exit: int, logits: Floats, place: Sequence[int] | Ints) -> None:

@@ -45,8 +45,3 @@ def locked(folder: Path) -> Iterator[None]:
     with lock as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says first; its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -69,7 +69,7 @@ class Runner:
         machine.commit()  # asked before the work: a commit that is made meanwhile is not what ran
         self.said: set[str] = set()
         self.unreadable: dict[DatasetSpec, DataError] = {}
-        self.contents: dict[str, str] = {}  # key of (data, seed) -> what names its samples
+        self.contents: dict[str, str] = {}  # key of a cell -> what names its changeable samples and weights
         self.known = self._records()
         self.decider = Decider(self.exp, self.shop, lambda fact: self.known[fact][0] if fact in self.known else None)
         self.session = uuid4().hex[:8]  # measurements of one run, between which a ratio is fair
@@ -82,26 +82,24 @@ class Runner:
         known = newest(self.forced.without_old(loaded.records))
         cells = {key(cell): cell for cell in self.exp.cells()}
         changed = {name for name, (r, _) in known.items() if r.cell in cells and self._has_changed(r, cells[r.cell])}
-        for label in sorted({cells[known[name][0].cell].data.label for name in changed}):
-            if f"changed {label}" not in self.said:
-                self.log(f"the samples of {label} have changed: what was found on the old ones is made again")
-            self.said.add(f"changed {label}")
+        for what in sorted({self.shop.changeable(cells[known[name][0].cell]) for name in changed}):
+            line = f"{what} have changed: what was found on the old ones is made again"
+            if line not in self.said:
+                self.log(line)
+            self.said.add(line)
         return {name: found for name, found in known.items() if name not in changed}
 
     def _has_changed(self, record: Record, cell: Cell) -> bool:
-        """Whether a data set of the user's holds other samples now than when the record was written."""
+        """Whether files of the user's hold other samples or weights now than when the record was written."""
         said, found = record.facts.get("content"), self._content(cell)
         return bool(said and found) and said != found
 
     def _content(self, cell: Cell) -> str:
-        """What names the samples where a user may change them under one name; "" for a published set, and where it cannot be read."""
-        if not cell.data.own:
-            return ""
-        name = key((cell.data, cell.seed))
+        """As the workshop's; "" too where the samples cannot be read."""
+        name = key(cell)
         if name not in self.contents:
             try:
-                parts = self.shop.data(cell.data, cell.seed)
-                self.contents[name] = key((parts.train.digest, parts.test.digest))
+                self.contents[name] = self.shop.content(cell)
             except DataError:
                 self.contents[name] = ""
         return self.contents[name]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from anytime import cpu
 from anytime.augment import cutout
 from anytime.dataset import Augment, Part
-from anytime.errors import CorruptFile, Diverged, UsageError, near
-from anytime.files import first_line, locked, write_atomically
+from anytime.errors import CorruptFile, Diverged, UsageError, first_line, near
+from anytime.files import locked, write_atomically
 from anytime.losses import Joint, Loss
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.osgd import OSGD

@@ -10,8 +10,8 @@ from pathlib import Path
 import safetensors.torch
 from torch import nn
 
-from anytime.errors import CorruptFile
-from anytime.files import first_line, write_atomically
+from anytime.errors import CorruptFile, first_line
+from anytime.files import write_atomically
 from anytime.model import AnytimeModel
 
 

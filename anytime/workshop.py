@@ -58,6 +58,19 @@ class Workshop:
         """The six parts."""
         return _loaded(spec, seed)
 
+    def content(self, cell: Cell) -> str:
+        """What names the samples and weights that a user may change under one name; "" for a cell of published ones alone."""
+        digests = list(_imported(cell))
+        if cell.data.own:
+            parts = self.data(cell.data, cell.seed)
+            digests = [parts.train.digest, parts.test.digest, *digests]
+        return key(tuple(digests)) if digests else ""
+
+    def changeable(self, cell: Cell) -> str:
+        """What ``content`` names, in words."""
+        samples = [f"the samples of {cell.data.label}"] if cell.data.own else []
+        return " or ".join(samples + [f"the weights of {cell.model.label}"] * bool(_imported(cell)))
+
     def trained(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> AnytimeModel:
         """The float network of a cell, from the cache or trained now.
 
@@ -230,10 +243,16 @@ def _imported(spec: object) -> tuple[str, ...]:
     found = _imported(tuple(getattr(spec, f.name) for f in fields(spec)))
     file = Path(getattr(spec, "weights", "")).expanduser() if isinstance(spec, ModelSpec) else Path()
     if file.is_file():
-        with file.open("rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        there = file.stat()
+        digest = _sha256(file, there.st_mtime_ns, there.st_size)
         found += () if digest[:8] in file.name else (digest,)
     return found
+
+
+@lru_cache
+def _sha256(file: Path, mtime_ns: int, size: int) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _trunk(model: ModelSpec) -> ModelSpec:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from anytime import cpu, find, workshop
 from anytime.arms import Decider
@@ -34,6 +35,7 @@ from anytime.errors import AnytimeError, DataError, Unreachable, Unsupported, Us
 from anytime.facts import facts_of
 from anytime.gather import gather
 from anytime.metrics import nll
+from anytime.models.attached import Attached
 from anytime.models.static import Static
 from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.patience import Patience
@@ -477,6 +479,34 @@ def test_samples_that_changed_under_their_name_are_asked_again_and_never_paired_
     assert all(absent(row.get("static_loss")) for row in rows if row["model"] == "Tiny")
     run().run()
     assert not run().todo() and len(records(tmp_path / "results", "eval")) == 4
+
+
+class Backbone(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(196, num_classes))
+
+
+def test_weights_that_changed_under_their_name_are_asked_again(tmp_path):
+    def write(seed):
+        torch.manual_seed(seed)
+        torch.save(Backbone(4).state_dict(), tmp_path / "w.pt")
+
+    imported = Attached(f"{__name__}:Backbone", ("0",), weights=str(tmp_path / "w.pt"), trained_on=("elsewhere",))
+    suite = replace(experiment().suites[0], models=(Static(imported), Static(Tiny())))
+    exp = experiment(suites=(suite,), backends=(Float32(),), policies=(), boards=())
+    said = []
+    run = partial(Runner, exp, tmp_path / "results", log=said.append)
+    write(1)
+    run().run()
+    write(1)
+    assert not run().todo()
+    write(2)
+    assert len(run().todo()) == 1
+    assert said[-1] == f"the weights of {Static(imported).label} have changed: what was found on the old ones is made again"
+    run().run()
+    assert not run().todo()
+    (tmp_path / "w.pt").unlink()
+    assert not run().todo()
 
 
 def test_policies_refuse_a_network_that_saw_their_samples(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from anytime.augment import compose, crop, flip
 from anytime.dataset import Augment, DatasetSpec, Preprocessing, Raw, torchvision
-from anytime.errors import DataError, UsageError
+from anytime.errors import DataError, UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ImageFolder(DatasetSpec):
             found = vision.datasets.ImageFolder(folder)
         except OSError as error:
             raise DataError(
-                f"ImageFolder: {folder} cannot be used ({_first_line(error)}): it must hold one folder per class, images in each"
+                f"ImageFolder: {folder} cannot be used ({first_line(error)}): it must hold one folder per class, images in each"
             ) from error
         x = np.empty((len(found.samples), len(self.mean), self.size, self.size), dtype=np.uint8)
         for i, (file, _) in enumerate(found.samples):
@@ -91,11 +91,7 @@ class ImageFolder(DatasetSpec):
                     pixels = np.asarray(resize(image.convert("L" if len(self.mean) == 1 else "RGB")))
             except Exception as error:  # Pillow's decoders raise all kinds on broken files
                 raise DataError(
-                    f"ImageFolder: {file} cannot be read as an image ({_first_line(error)}): repair or remove it"
+                    f"ImageFolder: {file} cannot be read as an image ({first_line(error)}): repair or remove it"
                 ) from error
             x[i] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return x, np.array(found.targets), tuple(found.classes)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

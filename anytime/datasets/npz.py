@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from anytime.augment import compose, crop, flip
 from anytime.dataset import Augment, DatasetSpec, Preprocessing, Raw
-from anytime.errors import DataError, UsageError
+from anytime.errors import DataError, UsageError, first_line
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -96,7 +96,7 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     except KeyError as error:
         raise DataError(f"Npz: {path} lacks an array ({error.args[0]}); it needs {', '.join(_ARRAYS)}") from error
     except Exception as error:  # numpy, zipfile and zlib raise all kinds on broken files
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise DataError(f"Npz: {path} cannot be read ({why}): write it again with numpy.savez") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from anytime.errors import AnytimeError, UsageError, near
+from anytime.errors import AnytimeError, UsageError, first_line, near
 from anytime.forms import as_modules
 from anytime.model import AnytimeModel, ModelSpec
 
@@ -124,7 +124,7 @@ class Attached(ModelSpec):
             module = importlib.import_module(path)
         except Exception as error:  # a user's own code may raise anything, when it is imported too
             raise UsageError(
-                f"backbone {self.backbone!r}: {path!r} cannot be imported ({_say(error)}); run from its folder"
+                f"backbone {self.backbone!r}: {path!r} cannot be imported ({first_line(error)}); run from its folder"
             ) from error
         if not callable(getattr(module, name, None)):
             known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -133,7 +133,7 @@ class Attached(ModelSpec):
             net = getattr(module, name)(num_classes=n_classes)
         except Exception as error:
             raise UsageError(
-                f"backbone {self.backbone!r}: the call with num_classes={n_classes} failed ({_say(error)})"
+                f"backbone {self.backbone!r}: the call with num_classes={n_classes} failed ({first_line(error)})"
             ) from error
         if not isinstance(net, nn.Module):
             raise UsageError(f"backbone {self.backbone!r}: it made a {type(net).__name__}, not a torch.nn.Module")
@@ -154,7 +154,7 @@ class Attached(ModelSpec):
             ) from error
         except Exception as error:  # torch.load raises anything on a file that is no checkpoint
             raise UsageError(
-                f"weights={self.weights!r} is no state dict that loads with weights_only=True ({_say(error)})"
+                f"weights={self.weights!r} is no state dict that loads with weights_only=True ({first_line(error)})"
             ) from error
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise UsageError(f"weights={self.weights!r} holds no state dict (names to tensors); save model.state_dict()")
@@ -175,7 +175,7 @@ class Attached(ModelSpec):
                 out = net(x)
         except Exception as error:  # torch has no class of its own for a shape that does not fit
             raise UsageError(
-                f"{self.backbone} cannot take inputs of {_by(x.shape)} ({_say(error)}): "
+                f"{self.backbone} cannot take inputs of {_by(x.shape)} ({first_line(error)}): "
                 "choose a data set of another shape or another backbone"
             ) from error
         if not isinstance(out, Tensor) or out.shape != (2, n_classes):
@@ -205,7 +205,7 @@ class Attached(ModelSpec):
             _without_idle_pools(tracer, shapes.of)
         except Exception as error:  # whatever the network's Python does with a proxy
             raise UsageError(
-                f"{self.backbone} cannot be traced by torch.fx ({_say(error)}): its forward must not depend on values"
+                f"{self.backbone} cannot be traced by torch.fx ({first_line(error)}): its forward must not depend on values"
             ) from error
         if sum(n.op == "placeholder" for n in _needed(graph.output_node())) > 1:
             raise UsageError(
@@ -325,10 +325,6 @@ def _graph(net: nn.Module, part: list[fx.Node], entering: list[fx.Node], leaving
 
 def _by(shape: Sequence[Any]) -> str:
     return "x".join(map(str, shape[1:]))
-
-
-def _say(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _some(keys: Iterable[str], n: int = 3) -> str:

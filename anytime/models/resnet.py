@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from anytime.errors import AnytimeError, UsageError
+from anytime.errors import AnytimeError, UsageError, first_line
 from anytime.layers import BasicBlock, ZeroPadShortcut
 from anytime.model import AnytimeModel, ModelSpec, need_shape
 
@@ -94,7 +94,7 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise UsageError(f"{path} cannot be read as torch weights ({why}): give a file that torch.save wrote") from error
     state = held.get("state_dict", held) if isinstance(held, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):

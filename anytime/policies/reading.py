@@ -129,7 +129,7 @@ class Reading(Policy):
     def answer(self, logits: Floats, exits: Ints) -> Floats:
         """The logits [N, K] that ``of`` answers; at an exit that is not read its own."""
         if self._of.answers_as == "exit taken" and not self._of.temperatures:
-            return super().answer(logits, exits)  # a sample that runs alone pays for every call of numpy
+            return super().answer(logits, exits)
         reads = np.array(self.uses(len(logits)))
         read = np.isin(exits, reads)
         if read.all():

@@ -9,7 +9,7 @@ from operator import getitem
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from anytime.errors import Unsupported
+from anytime.errors import Unsupported, first_line
 from anytime.layers import MixedPool2d, SlicedConv2d, ZeroPadShortcut
 from anytime.model import AnytimeModel
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear
@@ -44,7 +44,7 @@ def trace(link: nn.Module, path: str) -> fx.GraphModule:
                 node.args[0].append(node)  # no unit ends on a tuple
         return fx.GraphModule(link, graph, type(link).__name__)
     except Exception as error:
-        raise Unsupported(f"{path} cannot be traced ({str(error).splitlines()[0]}): a link must be a static graph") from error
+        raise Unsupported(f"{path} cannot be traced ({first_line(error)}): a link must be a static graph") from error
 
 
 def traced(model: AnytimeModel, fold_bn: bool = True) -> AnytimeModel:
