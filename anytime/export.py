@@ -194,7 +194,8 @@ def how_to_use(chosen: Chosen, to: Path, single: bool) -> str:
         return f"import anytime\nnet = anytime.load({str(to)!r}){under}\n{answer}"
     mean, std = (v[0] if c == 1 else f"{list(v)}" for v in parts.preprocessing)
     exact = (
-        f"options = onnxruntime.SessionOptions()\noptions.add_session_config_entry{EXACT_INT8}  # INT8 for CPUs without VNNI too\n"
+        f"options = onnxruntime.SessionOptions()\noptions.add_session_config_entry{EXACT_INT8}"
+        "  # exact INT8 on a CPU without VNNI; slower on some that have it\n"
         if chosen.net.bits
         else ""
     )

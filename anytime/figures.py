@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill as wrapped
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +16,8 @@ from matplotlib.lines import Line2D
 
 from anytime.decided import example
 
+LABEL = 40  # characters of a line of the legend
+LINE, CHARACTER = 0.18, 0.07  # inches that one takes
 _MARKERS = "osD^vP*Xd<>"
 _LINES = ("-", "--", ":", "-.")
 _STYLE: dict[Any, Any] = {
@@ -52,11 +56,19 @@ def figure(rows: pd.DataFrame) -> Figure:
     done = done.assign(network=done["model"] + done["variant"].map(lambda said: f" ({said})" if said else ""))
     datasets = list(done["dataset"].unique())
     boards = list(done["board"][done["latency"].notna()].unique())
-    colours = {name: f"C{i % 10}" for i, name in enumerate(done["column"].unique())}
+    columns = done["column"].unique()
+    colours = dict(zip(columns, _colours(len(columns)), strict=True))
     markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(done["network"].unique())}
     lines = {name: _LINES[i % len(_LINES)] for i, name in enumerate(done["execution"].unique())}
-    height = 3.6 * max(1, len(datasets)) + 0.3
-    drawn = Figure(figsize=(4.6 * (1 + len(boards)) + 2.2, height), layout="constrained")
+    keys = [Line2D([], [], color=colour, marker="s", ls="", label=wrapped(name, LABEL)) for name, colour in colours.items()]
+    keys += [Line2D([], [], color="black", marker=marker, ls="", label=wrapped(name, LABEL)) for name, marker in markers.items()]
+    keys += [Line2D([], [], color="black", ls=line, label=wrapped(name or "exits", LABEL)) for name, line in lines.items()]
+    keys += [Line2D([], [], color="black", marker="o", mfc="white", ls="", label="a policy")]
+    keys += [Line2D([], [], color="grey", lw=3, alpha=0.4, label="Pareto front")]
+    said = [str(one.get_label()).splitlines() for one in keys]
+    height = max(3.6 * max(1, len(datasets)) + 0.3, LINE * sum(map(len, said)) + 0.3)
+    beside = max(2.2, CHARACTER * max(len(line) for label in said for line in label) + 0.6)
+    drawn = Figure(figsize=(4.6 * (1 + len(boards)) + beside, height), layout="constrained")
     grid = drawn.subplots(max(1, len(datasets)), 1 + len(boards), squeeze=False)
     for i, dataset in enumerate(datasets):
         own = done[done["dataset"] == dataset]
@@ -67,13 +79,17 @@ def figure(rows: pd.DataFrame) -> Figure:
         for axes, board in zip(grid[i, 1:], boards, strict=True):
             _scatter(axes, own[own["board"] == board], "latency", 1.0, (colours, markers, lines))
             axes.set(title=f"{dataset}, {board}", xlabel="mean latency, batch 1 (ms)", ylabel="accuracy (%)")
-    keys = [Line2D([], [], color=colour, marker="s", ls="", label=name) for name, colour in colours.items()]
-    keys += [Line2D([], [], color="black", marker=marker, ls="", label=name) for name, marker in markers.items()]
-    keys += [Line2D([], [], color="black", ls=line, label=name or "exits") for name, line in lines.items()]
-    keys += [Line2D([], [], color="black", marker="o", mfc="white", ls="", label="a policy")]
-    keys += [Line2D([], [], color="grey", lw=3, alpha=0.4, label="Pareto front")]
     drawn.legend(handles=keys, loc="outside right upper")
     return drawn
+
+
+def _colours(n: int) -> list[Any]:
+    """As many that can be told apart: matplotlib has 10, and 20 in pairs; beyond that along a map."""
+    if n <= 10:
+        return [f"C{i}" for i in range(n)]
+    return (
+        list(matplotlib.colormaps["tab20"].colors)[:n] if n <= 20 else list(matplotlib.colormaps["turbo"](np.linspace(0, 1, n)))
+    )
 
 
 def _scatter(axes: Axes, rows: pd.DataFrame, cost: str, scale: float, looks: tuple[dict[str, str], ...]) -> None:

@@ -10,6 +10,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from anytime import cpu
 from anytime.engine import EXACT_INT8, OnnxRuntimeGraph
 from anytime.errors import Unsupported
 from anytime.layers import MixedPool2d, ZeroPadShortcut
@@ -101,6 +102,20 @@ def test_a_fused_prefix_is_bit_by_bit_the_links_in_turn():
     (state,) = run(Segment(1, 2, None), state)
     apart = run(Segment(2, 3, 2), state)[0]
     assert np.array_equal(apart, run(Segment(0, 3, 2), x)[0])
+
+
+@pytest.mark.parametrize("has", [{"sse2", "avx512_vnni"}, {"sse2", "avx2"}, set()], ids=["VNNI", "none", "unknown"])
+def test_only_a_cpu_without_vnni_is_told_to_widen(monkeypatch, has):
+    """Told so, ONNX Runtime takes its slow kernels on a CPU of AVX512-VNNI too."""
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset(has))
+    chain, int_bias = CHAINS["u8s8"]
+    graph = OnnxRuntimeGraph(OnnxChain(chain, SHAPE, int_bias).write(Segment(0, 1, 0)).SerializeToString(), threads=1)
+    options = graph._session.get_session_options()
+    if "avx512_vnni" in has:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry(EXACT_INT8[0])
+    else:
+        assert options.get_session_config_entry(EXACT_INT8[0]) == EXACT_INT8[1]
 
 
 @pytest.mark.parametrize("inside", ["flat", "If"])

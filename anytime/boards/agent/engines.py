@@ -19,6 +19,16 @@ class Refused(Exception):
     """A sentence: what is wrong with this job or this board."""
 
 
+def _has_vnni() -> bool:
+    """Whether this CPU says that it adds products of u8 and s8 in 32 bits."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            said = f.read()
+    except OSError:
+        return False
+    return any(flag in said for flag in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
 class OnnxRuntime:
     """A graph in a session of ONNX Runtime; it must run where the job wants it, and not fall back in silence."""
 
@@ -28,7 +38,8 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = job["threads"], 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.x64quantprecision", "1")  # see EXACT_INT8 in anytime/engine.py
+        if not _has_vnni():
+            options.add_session_config_entry("session.x64quantprecision", "1")  # see EXACT_INT8 in anytime/engine.py
         # See anytime/engine.py: it would quantize what was kept in float on purpose.
         off = [] if manifest["float_biases"] else ["WeightBiasQuantization"]
         wanted = job["provider"]
