@@ -46,7 +46,7 @@ class Graph(ABC):
 
 # An x86 CPU without VNNI adds two products of u8 and s8 in 16 bits, where they saturate. Told this, ONNX Runtime turns weights
 # into u8, whose kernels widen first. It does so on some CPUs with VNNI too (ONNX Runtime 1.32, AVX512-VNNI without AVX-VNNI), which
-# gain nothing and take 2.4 times as long: they are not told.
+# gain nothing and take more than twice as long: they are not told.
 EXACT_INT8 = ("session.x64quantprecision", "1")
 # This pass of ONNX Runtime also quantizes the weights of a layer that was kept in float between two Q/DQ pairs.
 WEIGHT_BIAS = "WeightBiasQuantization"

@@ -1,14 +1,17 @@
 """Do three differently built, differently quantized networks know more than the best of them, and is their cascade cheaper?
 
-    make exp EXP=stacks                (expected: 1 hour on 2 quiet cores once SparseResNet and SDN ResNet-56 are trained, as in
-                                        exit_or_smaller; from nothing 4 hours)
+    make exp EXP=stacks                (about 70 minutes on 2 cores; its float networks lie in results/zoo)
 
 B-AlexNet in INT8, SparseResNet in W4A8 and SDN ResNet-20 in BF16 on CIFAR-10, the last exit of each, by every combiner: the average of
 their probabilities, a weighted one, an MLP, logistic regression and gradient boosting, learned on 976 images that no member
 saw. Beside them each member alone and SDN ResNet-56 in INT8, which costs what the three cost (126 of 127 M MACs). W4A8 runs in
 simulation; so the cascade is timed with the three in INT8 under ONNX Runtime, and once with the members' own exits. The members
 were trained by recipes of their own (the networks of the zoo). A second stack has SDN ResNet-56 in B-AlexNet's place, three
-networks that are nearly as good as each other. One training seed. It has not been run yet.
+networks that are nearly as good as each other. One training seed.
+
+It gave, three together: 91.15 % averaged, 91.31 with a weight for each, 91.26 by logistic regression, 90.47 by gradient boosting, 89.94 by
+the MLP; the best member 90.00, SDN ResNet-56 91.99. Averaged with SDN ResNet-56 92.70; that cascade has 92.18 % at 1.6, half of
+SDN ResNet-56's MACs, in 0.98 ms for its 1.00: SparseResNet takes twice the time of SDN ResNet-56 in ONNX Runtime.
 """
 
 from anytime.backends.ensembles import Stack
