@@ -87,9 +87,9 @@ def _colours(n: int) -> list[Any]:
     """As many that can be told apart: matplotlib has 10, and 20 in pairs; beyond that along a map."""
     if n <= 10:
         return [f"C{i}" for i in range(n)]
-    return (
-        list(matplotlib.colormaps["tab20"].colors)[:n] if n <= 20 else list(matplotlib.colormaps["turbo"](np.linspace(0, 1, n)))
-    )
+    if n <= 20:
+        return list(matplotlib.colormaps["tab20"](np.arange(n)))
+    return list(matplotlib.colormaps["turbo"](np.linspace(0, 1, n)))
 
 
 def _scatter(axes: Axes, rows: pd.DataFrame, cost: str, scale: float, looks: tuple[dict[str, str], ...]) -> None:
