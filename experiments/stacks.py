@@ -1,6 +1,6 @@
 """Do three differently built, differently quantized networks know more than the best of them, and is their cascade cheaper?
 
-    make exp EXP=stacks                (about 70 minutes on 2 cores; its float networks lie in results/zoo)
+    make exp EXP=stacks                (about 90 minutes on 2 cores; its float networks lie in results/zoo)
 
 B-AlexNet in INT8, SparseResNet in W4A8 and SDN ResNet-20 in BF16 on CIFAR-10, the last exit of each, by every combiner: the average of
 their probabilities, a weighted one, an MLP, logistic regression and gradient boosting, learned on 976 images that no member

@@ -96,8 +96,7 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     except KeyError as error:
         raise DataError(f"Npz: {path} lacks an array ({error.args[0]}); it needs {', '.join(_ARRAYS)}") from error
     except Exception as error:  # numpy, zipfile and zlib raise all kinds on broken files
-        why = first_line(error)
-        raise DataError(f"Npz: {path} cannot be read ({why}): write it again with numpy.savez") from error
+        raise DataError(f"Npz: {path} cannot be read ({first_line(error)}): write it again with numpy.savez") from error
 
 
 def _images(x: NDArray[Any], where: str) -> NDArray[Any]:

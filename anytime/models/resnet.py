@@ -94,8 +94,9 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own
-        why = first_line(error)
-        raise UsageError(f"{path} cannot be read as torch weights ({why}): give a file that torch.save wrote") from error
+        raise UsageError(
+            f"{path} cannot be read as torch weights ({first_line(error)}): give a file that torch.save wrote"
+        ) from error
     state = held.get("state_dict", held) if isinstance(held, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise UsageError(f"{path} holds no state dict: give a file that maps names to tensors, alone or under 'state_dict'")
