@@ -12,6 +12,8 @@ from torch.nn.functional import conv2d, linear
 from anytime.errors import Unsupported
 from anytime.quant.ranges import Grid, Histogram
 
+MOST_BIAS = 2.0**30  # integers of a bias: half of what int32 holds, so that what is added to it has room
+
 
 def on_grid(x: Tensor, grid: Grid) -> Tensor:
     """float32 x, rounded: clamp(round(x / scale) + zero_point, qmin, qmax), back in real numbers; no gradient.
@@ -190,6 +192,12 @@ class QuantizedLayer(nn.Module):
             self.weight.copy_(settled.weight)
             self.weight_scale.copy_(settled.scale)
         self.weight_qmin, self.weight_qmax = settled.qmin, settled.qmax
+
+    def make_room(self, bias: Tensor, input_scale: Tensor) -> None:
+        """Widen the weight scale of channels whose bias [O] is too many steps; where all weights are 0 the bias alone chooses it."""
+        least = bias.abs() / (input_scale * MOST_BIAS)
+        zero = (self.weight == 0).flatten(1).all(1) & (least > 0)
+        self.weight_scale.copy_(torch.where(zero, least, self.weight_scale.maximum(least)))
 
     def integers(self) -> Tensor:
         """The weight as integers in [weight_qmin, weight_qmax], float dtype, same shape."""

@@ -19,7 +19,6 @@ from anytime.quant.ranges import NEEDS_VALUES, Histogram, Observer, activation_g
 from anytime.quant.trace import drop_node, links, tidy, traced
 
 Calibration = dict[str, Histogram]  # name of a tensor -> what was seen of it
-MOST_BIAS = 2.0**30  # integers of a bias: half of what int32 holds, so that what is added to it has room
 MOST_KEPT = 1 << 28  # values of all tensors that calibration holds at a time: 1 GiB
 
 
@@ -128,7 +127,7 @@ class Quantized:
         with torch.no_grad():
             for path, layer in self.layers():
                 if layer.bias is not None and round_bias:
-                    _make_room(layer, self.sources[path].scale)
+                    layer.make_room(layer.bias, self.sources[path].scale)
                     step = self.sources[path].scale * layer.weight_scale
                     layer.bias.copy_((layer.bias / step).round() * step)
                 layer.weight.copy_(layer.rounded())
@@ -176,14 +175,6 @@ def _watch(model: AnytimeModel, x: Tensor, reached: Tensor | None) -> None:
 
 def _take(state: Any, rows: Tensor) -> Any:
     return state[rows] if isinstance(state, Tensor) else tuple(_take(s, rows) for s in state)
-
-
-def _make_room(layer: QConv2d | QLinear, input_scale: Tensor) -> None:
-    """Widen the weight scale of channels whose bias is too many steps; where all weights are 0 the bias alone chooses it."""
-    assert layer.bias is not None
-    least = layer.bias.abs() / (input_scale * MOST_BIAS)
-    zero = (layer.weight == 0).flatten(1).all(1) & (least > 0)
-    layer.weight_scale.copy_(torch.where(zero, least, layer.weight_scale.maximum(least)))
 
 
 def _fold(conv: QConv2d, bn: nn.BatchNorm2d) -> None:

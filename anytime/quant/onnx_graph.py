@@ -15,9 +15,11 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from anytime.model import AnytimeModel, Segment
 from anytime.quant import onnx_ops
+from anytime.quant.channelwise import channelwise
 from anytime.quant.fake import FakeQuant
 from anytime.quant.nodes import PASS_CALLS, PASS_METHODS, PASS_MODULES
 from anytime.quant.onnx_writer import Q, Value, Writer, integer_type
@@ -41,11 +43,11 @@ class OnnxChain:
         quant: Any = None
         self.states = [_describe(x, None)]
         with torch.inference_mode():
-            for stage in model.stages:
-                assert isinstance(stage, fx.GraphModule)
-                state, quant = stage(x if model.restarts else state), _out_quant(stage, quant)
+            for stage, head in zip(model.stages, model.heads, strict=True):
+                assert isinstance(stage, fx.GraphModule) and isinstance(head, fx.GraphModule)
+                state, quant = ShapeProp(stage).propagate(x if model.restarts else state), _out_quant(stage, quant)
                 self.states.append(_describe(state, quant))
-            self.n_classes = model.heads[-1](state).shape[-1]
+                self.n_classes = ShapeProp(head).propagate(state).shape[-1]
 
     def write(self, segment: Segment) -> onnx.ModelProto:
         """The graph of one segment.
@@ -164,12 +166,19 @@ def _link(w: Writer, link: nn.Module, path: str, value: Any, int_bias: bool) -> 
         elif node.op == "call_function" and node.target is getitem:
             values[node] = get(node.args[0])[node.args[1]]
         elif node.op == "call_module":
-            module = link.get_submodule(node.target)
+            module, given = link.get_submodule(node.target), get(node.args[0])
+            if int_bias and given.q is not None:
+                module = channelwise(module, given.q.quant, _shape(node.args[0])[1])
             used = sum(n.op == "call_module" and n.target == node.target for n in link.graph.nodes)
-            values[node] = onnx_ops.module(w, module, name if used == 1 else f"{path}.{node.name}", get(node.args[0]), int_bias)
+            values[node] = onnx_ops.module(w, module, name if used == 1 else f"{path}.{node.name}", given, int_bias)
         else:
             values[node] = onnx_ops.call(w, node, name, [get(a) for a in node.args], {k: get(v) for k, v in node.kwargs.items()})
     raise AssertionError("a graph without an output")
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of what a node makes, with its batch, as OnnxChain noted it."""
+    return tuple(node.meta["tensor_meta"].shape)
 
 
 def _attribute(root: nn.Module, target: str) -> Tensor:
