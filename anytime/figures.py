@@ -47,7 +47,8 @@ def draw(rows: pd.DataFrame, path: Path, picture: Callable[[pd.DataFrame], Figur
 def figure(rows: pd.DataFrame) -> Figure:
     """Draw rows of ``rows.rows``: a line of axes per data set.
 
-    Left accuracy against MACs, then against the mean latency on each board (a policy's median is that of one of its exits).
+    Left accuracy against MACs (bit operations, where all points have the same MACs), then against the mean latency on each
+    board (a policy's median is that of one of its exits).
     Colour: backend; marker: network; line: what executed it, joining its exits; hollow: policies (refitted, no bounds); grey
     steps: the Pareto front of the estimates. Bars are the 95 % limits, cut where they leave the frame.
     """
@@ -74,8 +75,10 @@ def figure(rows: pd.DataFrame) -> Figure:
         own = done[done["dataset"] == dataset]
         # One point per network and exit or policy: boards repeat its accuracy.
         once = own.drop_duplicates(["network", "backend", "policy", "budget", "cell"])
-        _scatter(grid[i, 0], once, "macs", 1e-6, (colours, markers, lines))
-        grid[i, 0].set(title=dataset, xlabel="MACs a sample (M)", ylabel="accuracy (%)")
+        bits = once["macs"].nunique() == 1 < once["bops"].nunique()  # one network at its full depth, in several arithmetics
+        cost, scale, said_of = ("bops", 1e-9, "bit operations a sample (G)") if bits else ("macs", 1e-6, "MACs a sample (M)")
+        _scatter(grid[i, 0], once, cost, scale, (colours, markers, lines))
+        grid[i, 0].set(title=dataset, xlabel=said_of, ylabel="accuracy (%)", xscale="log" if bits else "linear")
         for axes, board in zip(grid[i, 1:], boards, strict=True):
             _scatter(axes, own[own["board"] == board], "latency", 1.0, (colours, markers, lines))
             axes.set(title=f"{dataset}, {board}", xlabel="mean latency, batch 1 (ms)", ylabel="accuracy (%)")

@@ -723,6 +723,14 @@ def test_the_figure_shows_every_point_and_a_front_that_only_rises(golden: pd.Dat
         assert x[0] * (1e6 if cost == "macs" else 1) == pytest.approx(known[cost].min())
 
 
+def test_where_all_points_have_the_same_macs_the_figure_sets_bit_operations(golden: pd.DataFrame) -> None:
+    same = golden.assign(macs=golden["macs"].max())
+    left, _ = figures.figure(same).axes
+    assert (left.get_xlabel(), left.get_xscale()) == ("bit operations a sample (G)", "log")
+    assert np.asarray(left.lines[0].get_xdata())[0] == pytest.approx(1e-9 * same.loc[same["status"] == "done", "bops"].min())
+    assert figures.figure(same.assign(bops=1.0)).axes[0].get_xlabel() == "MACs a sample (M)"
+
+
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_a_figure_is_drawn_the_same_twice(golden: pd.DataFrame, tmp_path: Path, suffix: str) -> None:
     paths = [tmp_path / f"{i}.{suffix}" for i in (0, 1)]
