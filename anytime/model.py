@@ -56,11 +56,15 @@ class AnytimeModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ...] -> logits of every exit [E, B, K]."""
+        return torch.stack(self.exits(x))
+
+    def exits(self, x: Tensor) -> list[Tensor]:
+        """x [B, ...] -> logits of each exit [B, K]."""
         logits, state = [], x
         for stage, head in zip(self.stages, self.heads, strict=True):
             state = stage(x if self.restarts else state)
             logits.append(head(state))
-        return torch.stack(logits)
+        return logits
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,26 @@ class OSGD:
         for p, *of_tasks in zip(parameters, *orthogonalized(gradients, self.per_tensor), strict=True):
             touched = [g for g in of_tasks if g is not None]
             p.grad = reduce(add, touched) if touched else None
+
+
+class _Stack(torch.autograd.Function):
+    """torch.stack that hands no gradient on where it is all zeros."""
+
+    @staticmethod
+    def forward(_: Any, *logits: Tensor) -> Tensor:
+        return torch.stack(logits)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Any:
+        return tuple(g if bool(g.any()) else None for g in gradient)
+
+
+def apart(exits: Callable[[Tensor], Sequence[Tensor]]) -> Callable[[Tensor], Tensor]:
+    """x -> the stacked logits of ``exits``, from which a loss of one exit goes back through the stages up to it alone.
+
+    Through torch's own stack it goes back through all of them, with zeros, once for every exit.
+    """
+    return lambda x: _Stack.apply(*exits(x))  # type: ignore[no-untyped-call]
 
 
 def orthogonalized(gradients: Sequence[Gradient], per_tensor: bool = False) -> list[Gradient]:

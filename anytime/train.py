@@ -21,7 +21,7 @@ from anytime.errors import CorruptFile, Diverged, UsageError, first_line, near
 from anytime.files import locked, write_atomically
 from anytime.losses import Joint, Loss
 from anytime.model import AnytimeModel, ModelSpec
-from anytime.osgd import OSGD
+from anytime.osgd import OSGD, apart
 from anytime.spec import Spec
 from anytime.weights import load_weights, save_weights
 
@@ -229,7 +229,6 @@ def _run(
     layout = torch.channels_last if recipe.channels_last and x.ndim == 4 else torch.contiguous_format
     model.to(device, memory_format=layout)  # type: ignore[call-overload]
     recipe.loss.begin(model)
-    forward = _compiled(model) if recipe.compile else model
     sizes = _batch_sizes(len(y), recipe.batch)
     steps, seed = len(sizes), trainer.train_seed * 1000
     optimizer, schedule = _optimizer(model, recipe, steps)
@@ -239,6 +238,7 @@ def _run(
     computed = ["bf16" if bf16 else "fp32"]
     carried: dict[str, float] = {}  # what the loss remembers from batch to batch
     together = OSGD(optimizer, per_tensor=recipe.orthogonal == "tensor") if recipe.orthogonal != "no" else None
+    forward = _compiled(model) if recipe.compile else model if together is None else apart(model.exits)
     if place is not None and (place / "checkpoint.pt").exists():
         first, spent, before = _resume(place / "checkpoint.pt", model, optimizer, schedule, carried)
         computed = list(dict.fromkeys([*(before or [recipe.precision]), *computed]))

@@ -40,6 +40,7 @@ ONE_ENGINE = tuple((model, INT8, recipe) for model, recipe in NETWORKS)
 LARGEST = (SDN("resnet56"), INT8, trunk_first_recipe())
 RESIDUAL = (DIFFERENT[2], DIFFERENT[1], LARGEST)
 RESIDUAL_ONE_ENGINE = (ONE_ENGINE[2], ONE_ENGINE[1], LARGEST)
+TWO = (ONE_ENGINE[2], LARGEST)
 
 EXPERIMENT = Experiment(
     name="stacks",
@@ -55,8 +56,9 @@ EXPERIMENT = Experiment(
         Stack(members=ONE_ENGINE, combine="weighted", inner_exits=True),
         *(Stack(members=RESIDUAL, combine=how) for how in ("average", "mlp")),
         *(Stack(members=RESIDUAL_ONE_ENGINE, combine=how) for how in ("average", "mlp")),
+        Stack(members=TWO),
     ),
     policies=(MaxProb(), MaxProb(per_exit=True)),
-    budgets=(0.8, 1.0, 1.3, 1.6, 2.0, 3.1),
+    budgets=(0.8, 1.0, 1.3, 1.45, 1.6, 2.0, 3.1),
     boards=(Host(),),
 )

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from anytime.losses import Joint
 from anytime.models.branchynet import BLeNet
-from anytime.osgd import OSGD, orthogonalized
+from anytime.osgd import OSGD, apart, orthogonalized
 from tests.worlds import Tiny
 
 
@@ -61,6 +61,19 @@ def test_exits_of_a_network_end_orthogonal_over_what_they_share_and_heads_step_a
     for k, gradients in enumerate(own):
         for (name, p), alone in zip(parameters.items(), gradients, strict=True):
             assert not name.startswith(f"heads.{k}.") or torch.equal(p.grad, alone), name
+
+
+def test_a_loss_of_one_exit_goes_back_no_further_than_its_stages():
+    torch.manual_seed(0)
+    model, x, y = Tiny().build((3, 16, 16), 10).eval(), torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    assert torch.equal(apart(model.exits)(x), model(x))
+    for k, (term, same) in enumerate(zip(*(Joint()(run(x), y, 0.0, {}) for run in (apart(model.exits), model)), strict=True)):
+        found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        through = torch.autograd.grad(same, parameters, retain_graph=True)
+        for name, mine, theirs in zip(names, found, through, strict=True):
+            own = name.startswith((f"heads.{k}.", *(f"stages.{i}." for i in range(k + 1))))
+            assert torch.equal(mine, theirs) if own else mine is None and not theirs.any(), name
 
 
 def test_a_task_without_a_gradient_takes_nothing_off():
