@@ -16,7 +16,7 @@ network; with images and labels of your own too (``ImageFolder``), accuracies st
 
 Where a network has exits, images are made to leave by the geometric split: as many at each exit as spend half, or 0.75, of the MACs of
 the classifier without exits. Whether they leave rightly nobody can know: those rows tell latency only. Left out is VGG: AlexNet in all
-its forms takes 10 GB already. DenseNet-121 in INT8 kills OpenVINO 2026.4.1, and is skipped there.
+its forms takes 10 GB already. DenseNet-121 in INT8, of which OpenVINO used to die, has not been run there yet.
 
 It gave, batch 1, one thread of a 2-core Xeon with AMX: ResNet-50 105.6 ms in torch, 64.0 in FP32 and 21.1 in INT8 under ONNX Runtime,
 8.1 in INT8 under OpenVINO (version 1 of it, which rounded what it fuses); FP16 in torch is slower than FP32 for all six. INT8's

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from anytime import cpu
 from anytime.backend import Backend
@@ -18,10 +19,12 @@ from anytime.backends.openvino import OpenVINO
 from anytime.backends.ort_quantizer import OrtQuantizer
 from anytime.backends.ptq import PTQ
 from anytime.backends.torch_compile import TorchCompile
+from anytime.dataset import Part
 from anytime.engine import OnnxRuntimeGraph, OpenVINOGraph
 from anytime.errors import Unsupported, UsageError
-from anytime.model import Segment
+from anytime.model import AnytimeModel, Segment
 from anytime.onnx_net import OpenVINONet, written
+from anytime.quant import onnx_graph
 from anytime.quant.fake import FakeQuant
 from tests.worlds import data, trained
 
@@ -199,3 +202,41 @@ def test_threads_are_taken(integers):
     integers.open(1)
     assert not integers._graphs
     torch.set_num_threads(1)
+
+
+class Dense(nn.Module):
+    """Two layers of a DenseNet: what they concatenate is concatenated again."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 8, 3, padding=1, bias=False)) for c in (16, 24)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+def dense():
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    x = torch.randn(32, 3, 16, 16)
+    model = AnytimeModel([nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Dense())], [head]).eval()
+    return model, Part(x, torch.zeros(32, dtype=torch.int64), "calib", "d")
+
+
+def test_a_densenet_runs_in_integers():
+    model, part = dense()
+    net = OpenVINO(of=PTQ()).compress(model, part, None)
+    with torch.inference_mode():
+        want = net.twin(part.x).numpy()
+    assert cpu.saturates() or np.abs(net.predict(part.x.numpy()) - want).max() <= 0.05 * np.abs(want).max()
+
+
+def test_a_network_that_kills_openvino_is_refused(monkeypatch):
+    """A DenseNet whose BatchNorm is computed in float; a later OpenVINO may live, and then this test and what it tests can go."""
+    monkeypatch.setattr(onnx_graph, "channelwise", lambda module, grid, channels: module)
+    with pytest.raises(Unsupported, match="killed by signal 11 when it compiles this network"):
+        OpenVINO(of=PTQ()).compress(*dense(), None)

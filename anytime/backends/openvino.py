@@ -82,8 +82,8 @@ class OpenVINO(Backend):
 def _compile_apart(net: OpenVINONet) -> None:
     """Unsupported where OpenVINO dies of a network: in a process of its own, else it would end ours.
 
-    OpenVINO 2026.4.1 gets a segmentation fault from DenseNets in INT8, whose layers concatenate what others have concatenated; that of
-    2021 had one too (its pull request 9464).
+    OpenVINO 2026.4.1 gets a segmentation fault in INT8 where layers concatenate what others have concatenated and something in float
+    reads it, as BatchNorm of DenseNets did (``quant.channelwise`` has cured those); that of 2021 had one too (its pull request 9464).
     """
     with TemporaryDirectory() as folder:
         files = [str(path) for path in net.save(Path(folder))]

@@ -13,8 +13,9 @@ def channelwise(m: nn.Module, grid: FakeQuant, channels: int) -> nn.Module:
     """BatchNorm behind no convolution, or average pooling, of ``channels`` on an 8-bit ``grid`` as a QConv2d; else ``m`` itself.
 
     ONNX Runtime has no integer kernel for the first, which costs a DQ, two transpositions and a Q, and a slow one for the second
-    (benchmarks/channelwise.py); OpenVINO does not mind. A weight that is alone in its channel lies on its grid whatever it is,
-    so only BatchNorm's shift is rounded: to 1/127 of what one step of the input makes.
+    (benchmarks/channelwise.py); OpenVINO takes as long, and no longer dies of DenseNets (tests/test_openvino.py). A weight that is
+    alone in its channel lies on its grid whatever it is, so only BatchNorm's shift is rounded: to 1/127 of what one step of the
+    input makes.
     """
     if grid.bits > 8:
         return m
@@ -26,9 +27,8 @@ def channelwise(m: nn.Module, grid: FakeQuant, channels: int) -> nn.Module:
         return _on_grid(conv, weight, bias, steps=127, grid=grid)
     if (
         isinstance(m, nn.AvgPool2d)
-        and not m.ceil_mode
-        and not m.divisor_override
-        and (m.padding in (0, (0, 0)) or m.count_include_pad)
+        and (m.count_include_pad or m.padding in (0, (0, 0)))
+        and not (m.ceil_mode or m.divisor_override)
     ):
         conv = nn.Conv2d(channels, channels, m.kernel_size, m.stride, m.padding, groups=channels, bias=False)
         return _on_grid(conv, torch.full_like(conv.weight, 1 / conv.weight[0].numel()), None, steps=1, grid=grid)
