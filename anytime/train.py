@@ -26,6 +26,7 @@ from anytime.spec import Spec
 from anytime.weights import load_weights, save_weights
 
 TUNE_LR_SCALE = 0.1  # of the recipe's learning rate, wherever a trained network is trained on
+RUNAWAY = 10.0  # times the mean loss of the first epoch, of at least 0.1: then a trained network is being destroyed
 PER_BATCH_SCHEDULES = ("OneCycleLR", "CyclicLR")
 RATES = ("base_lr", "max_lr", "eta_min")  # arguments of schedules that are learning rates
 
@@ -239,8 +240,9 @@ def _run(
     carried: dict[str, float] = {}  # what the loss remembers from batch to batch
     together = OSGD(optimizer, per_tensor=recipe.orthogonal == "tensor") if recipe.orthogonal != "no" else None
     forward = _compiled(model) if recipe.compile else model if together is None else apart(model.exits)
+    began = 0.0  # mean loss of the first epoch; 0: not known yet
     if place is not None and (place / "checkpoint.pt").exists():
-        first, spent, before = _resume(place / "checkpoint.pt", model, optimizer, schedule, carried)
+        first, spent, before, began = _resume(place / "checkpoint.pt", model, optimizer, schedule, carried)
         computed = list(dict.fromkeys([*(before or [recipe.precision]), *computed]))
     for epoch in range(first, recipe.epochs):
         # Everything random in an epoch comes from (seed, epoch), so a resumed epoch is the same epoch.
@@ -250,6 +252,7 @@ def _run(
         recipe.loss.epoch(model)
         if each_epoch is not None:
             each_epoch(model, epoch / recipe.epochs)
+        mean = 0.0
         for step, i in enumerate(torch.split(torch.randperm(len(y), generator=draw), sizes)):
             batch = x[i]
             if trainer.augment is not None:
@@ -266,6 +269,7 @@ def _run(
                 raise Diverged(
                     f"training {name!r} met a loss of {value} at epoch {epoch + 1}, step {step + 1}: lower recipe.lr (now {recipe.lr:g})"
                 )
+            mean += value / steps
             optimizer.zero_grad(set_to_none=True)
             if together is None:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -275,11 +279,18 @@ def _run(
             if schedule is not None and recipe.schedule in PER_BATCH_SCHEDULES:
                 schedule.step()
             trainer.progress(name, epoch * steps + step + 1, recipe.epochs * steps)
+        began = began or mean
+        if ended and mean > RUNAWAY * max(began, 0.1):  # before that the loss itself may change on its schedule
+            raise Diverged(
+                f"training {name!r} ran away: its mean loss was {began:.3g} in the first epoch and is {mean:.3g} in epoch {epoch + 1}: "
+                f"lower recipe.lr (now {recipe.lr:g})"
+            )
         if schedule is not None and recipe.schedule not in PER_BATCH_SCHEDULES:
             schedule.step()
         if place is not None:
             state = {
                 "epoch": epoch + 1,
+                "began": began,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict() if schedule is not None else {},
@@ -368,8 +379,8 @@ def _optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.opti
 
 def _resume(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, carried: dict[str, float]
-) -> tuple[int, float, list[str]]:
-    """Epochs done, seconds spent, and in what precisions (empty: a checkpoint from before that was kept)."""
+) -> tuple[int, float, list[str], float]:
+    """Epochs done, seconds spent, in what precisions, and the first epoch's mean loss (empty and 0: from before that was kept)."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
@@ -377,6 +388,6 @@ def _resume(
         if schedule is not None:
             schedule.load_state_dict(state["schedule"])
         carried.update(state["loss"])
-        return int(state["epoch"]), float(state["spent_s"]), list(state.get("computed", ()))
+        return int(state["epoch"]), float(state["spent_s"]), list(state.get("computed", ())), state.get("began", 0.0)
     except Exception as error:
         raise CorruptFile(f"the checkpoint {path} cannot be read ({first_line(error)}): delete it and start again") from error

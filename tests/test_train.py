@@ -163,6 +163,28 @@ def test_nan_stops_it_with_the_step():
         trainer(optimizer="SGD", lr=1e9, epochs=5).fit(model)
 
 
+def test_a_trained_network_that_is_being_destroyed_is_not_trained_to_the_end(tmp_path):
+    """The first epoch's loss is known to a run that goes on, too."""
+    again, done = replace(trainer(epochs=9), folder=tmp_path, key="k"), []
+    model = again.fit(fresh(), name="base")
+
+    def each_epoch(model, share):
+        done.append(share)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        if len(done) == 4:
+            with torch.no_grad():
+                model.heads[-1][-1].weight.mul_(1e5)
+
+    with pytest.raises(KeyboardInterrupt):
+        again.fit(model, name="more", epochs=5, each_epoch=each_epoch)
+    with pytest.raises(
+        Diverged, match=r"'more' ran away: its mean loss was [\d.]+ in the first epoch and is .* in epoch 3: lower recipe.lr"
+    ):
+        again.fit(model, name="more", epochs=5, each_epoch=each_epoch)
+    assert done == [0, 0.2, 0.2, 0.4]
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [

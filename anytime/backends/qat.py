@@ -31,7 +31,8 @@ class QAT(IntegerBackend):
     else it stays behind its rounded convolution, its statistics move for the first ``freeze_bn`` of the epochs, and it
     is folded exactly afterwards. ``learn_8bit`` False leaves what has 8 bits its calibrated grid under "lsq": with so many
     levels a step feels hardly anything but the values that it cuts off, and may run away. ``teach``: share of the loss that
-    is the distance to the float network's answers.
+    is the distance to the float network's answers; it bends more than cross-entropy does where the network is sure, and once BatchNorm
+    is frozen a learning rate that was right may be too high for it: freeze late, when the rate is low.
     Source: Jacob et al., CVPR 2018, arXiv:1712.05877, section 3; STE: Bengio et al. 2013, arXiv:1308.3432. Deviation: with
     "ste" ranges are frozen from the start, where Jacob et al. keep a moving average.
     """
