@@ -88,6 +88,10 @@ class Board(Spec, ABC):
     @abstractmethod
     def _why_not(self, net: Deployable) -> str | None: ...
 
+    def lacks(self, form: str, needs: Sequence[str]) -> str | None:
+        """What is missing here for networks of this format that need one of these kernels, and may be there another time; or None."""
+        return None
+
     @abstractmethod
     def facts(self) -> dict[str, str]:
         """What a reader needs to judge the number: chip, flags, clocks, governor, threads, versions, load."""

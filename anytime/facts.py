@@ -119,6 +119,10 @@ def _state(record: Record, fact: Fact) -> tuple[State, str]:
     if record.kind == "fail":
         return "fail", record.reason
     if record.kind == "skip":
-        mended = record.facts.get("by") == "why_not" and fact.cell.backend.why_not() is None
+        said, mended = record.facts, False
+        if said.get("by") == "why_not":
+            mended = fact.cell.backend.why_not() is None
+        elif said.get("by") == "board" and fact.board is not None:
+            mended = fact.board.lacks(said["form"], said["needs"]) is None
         return ("todo", "") if mended else ("skip", record.reason)
     return "done", ""

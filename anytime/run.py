@@ -317,8 +317,12 @@ class Runner:
     def _timeable(self, fact: Fact) -> bool:
         """Whether the board can time it; a skip says why not."""
         assert fact.board is not None
-        if reason := fact.board.why_not(self.shop.net(fact.cell)):
-            self._write(fact, "skip", reason=reason)
+        net = self.shop.net(fact.cell)
+        if reason := fact.board.why_not(net):
+            passing = reason == fact.board.lacks(net.format, net.needs)
+            self._write(
+                fact, "skip", reason=reason, facts={"by": "board", "form": net.format, "needs": net.needs} if passing else {}
+            )
             return False
         return True
 

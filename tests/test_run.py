@@ -253,6 +253,20 @@ def test_a_network_that_crashes_the_board_fails_alone(tmp_path):
     ] * 2
 
 
+def test_what_a_board_lacked_is_measured_once_it_is_there(tmp_path, monkeypatch):
+    exp = experiment(backends=(Float32(), OnnxRuntime(of=PTQ()), PTQ()), policies=(), boards=(Host(launches=1, warmup=1),))
+    with monkeypatch.context() as here:
+        here.setattr(Host, "lacks", lambda self, form, needs: "no onnx here" if form == "onnx" else None)
+        Runner(exp, tmp_path, log=lambda line: None).run()
+        assert not Runner(exp, tmp_path, log=lambda line: None).todo()
+    again = Runner(exp, tmp_path, log=lambda line: None)
+    assert {(f.of, f.cell.backend.label) for f in again.todo()} == {("measure", "OnnxRuntime(of=PTQ)")}
+    again.run()
+    # Simulated arithmetic has no latency anywhere.
+    assert {r.facts["backend"] for r in records(tmp_path, "measure")} == {"Float32", "OnnxRuntime(of=PTQ)"}
+    assert not Runner(exp, tmp_path, log=lambda line: None).todo()
+
+
 @dataclass(frozen=True)
 class Gone(Host):
     """A board that cannot be reached. Source: a saboteur."""

@@ -91,16 +91,19 @@ class Host(Board):
     def _why_not(self, net: Deployable) -> str | None:
         if net.format not in ENGINES:
             return f"host runs {', '.join(ENGINES)}, not {net.format}"
-        package = ENGINES[net.format]
-        if importlib.util.find_spec(package) is None:
+        return self.lacks(net.format, net.needs)
+
+    def lacks(self, form: str, needs: Sequence[str]) -> str | None:
+        package = ENGINES.get(form)
+        if package and importlib.util.find_spec(package) is None:
             return f"{package} is not installed here: pip install {package}"
         if self.threads > _cores():
             return f"host may use {_cores()} cores, fewer than threads={self.threads}: set fewer threads"
-        if net.needs:
-            wanted = ", ".join(net.needs)
+        if needs:
+            wanted = ", ".join(needs)
             if not cpu.flags():
                 return f"this system does not say whether its CPU has one of {wanted}: it might time an emulation"
-            if not cpu.has_any(net.needs):
+            if not cpu.has_any(tuple(needs)):
                 return f"this CPU has no kernels for these numbers (none of {wanted}): it would time an emulation"
         return None
 

@@ -85,9 +85,10 @@ class Ssh(Board):
             return f"{self.name} runs {', '.join(RUNS)}, not {net.format}: wrap the backend in OnnxRuntime or TensorRT"
         if net.needs:
             return f"{self.name} is not asked whether its CPU has kernels for these numbers ({', '.join(net.needs)})"
-        if find_spec("asyncssh") is None:
-            return "asyncssh is not installed here: pip install 'anytime[boards]'"
-        return None
+        return self.lacks(net.format, net.needs)
+
+    def lacks(self, form: str, needs: Sequence[str]) -> str | None:
+        return "asyncssh is not installed here: pip install 'anytime[boards]'" if find_spec("asyncssh") is None else None
 
     def facts(self) -> dict[str, str]:
         return said_of(asyncio.run(self._state(with_engines=False)))
