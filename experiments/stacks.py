@@ -59,6 +59,6 @@ EXPERIMENT = Experiment(
         Stack(members=TWO),
     ),
     policies=(MaxProb(), MaxProb(per_exit=True)),
-    budgets=(0.8, 1.0, 1.3, 1.45, 1.6, 2.0, 3.1),
+    budgets=(0.8, 1.0, 1.3, 1.6, 2.0, 3.1),
     boards=(Host(),),
 )

@@ -37,8 +37,12 @@ def recited(page):
         before, said = (since[:begins], since[begins:]) if begins >= 0 else ("", since)
         bare = re.sub(r"`[^`]*`|https?://\S+|\]\([^)]*\)", lambda m: "x" * len(m.group()), said)
         numbers = [m for m in NUMBER.finditer(bare) if measured(m, bare)]
-        values = cited(*source.groups(), ROOT / "results")
-        for old, value in reversed(list(zip(numbers, values, strict=True))):
+        try:
+            values = cited(*source.groups(), ROOT / "results")
+        except (ValueError, KeyError, OSError, AttributeError) as error:
+            print(f"{page.relative_to(ROOT)}: {source.group()} cannot be read: {error}")
+            values = []
+        for old, value in reversed(list(zip(numbers, values, strict=bool(values)))):
             new, end = like(old, value), old.end(2)
             if new != said[old.start() : end]:
                 line = text[: source.start()].count("\n") + 1
