@@ -271,7 +271,8 @@ class Runner:
         ready: list[Fact] = []
         everyone = [f for f in facts_of(self.exp) if f.of == "measure" and f.suite == suite and f.board == board]
         if facts:
-            facts = facts + [f for f in everyone if f.cell.model == suite.models[0] and f not in facts]
+            timed = [f for f in everyone if f.name in self.known and self.known[f.name][0].kind == "measure"]
+            facts = facts + [f for f in timed if f.cell.model == suite.models[0] and f not in facts]
         for fact in facts:
             self._guarded(fact, lambda f: ready.append(f) if self._timeable(f) else None)
         if not ready:
