@@ -5,15 +5,15 @@
 SparseResNet, four exits, on CIFAR-10: two epochs of joint SGD against the same two epochs of OSGD, which takes off each later
 exit's gradient what lies along the earlier ones', over the whole vector of the parameters that both share; three training seeds, so
 the intervals are over trainings. The runs are short: they compare the two steps, not what the network can reach (exit_or_smaller
-trains it for 60 epochs). It has not been run yet.
+trains it for 60 epochs, compresses and times it).
+
+It gave, joint SGD and OSGD, exit by exit: 65.4 and 64.0 %, 68.4 and 67.9, 69.5 and 69.9, 70.4 and 71.5. The intervals over trainings
+overlap at every exit.
 """
 
 from dataclasses import replace
 
 from anytime.backends.float import Float32
-from anytime.backends.onnxruntime import OnnxRuntime
-from anytime.backends.ptq import PTQ
-from anytime.boards.host import Host
 from anytime.config import Experiment, Suite
 from anytime.datasets.cifar import CIFAR10
 from anytime.losses import Joint
@@ -29,8 +29,8 @@ EXPERIMENT = Experiment(
     suites=(Suite(CIFAR10(), (SparseResNet(),), others=((SparseResNet(), replace(JOINT, orthogonal="vector")),)),),
     recipe=JOINT,
     train_seeds=(0, 1, 2),
-    backends=(Float32(), OnnxRuntime(of=Float32()), OnnxRuntime(of=PTQ(8, 8))),
+    backends=(Float32(),),
     policies=(MaxProb(),),
     budgets=(0.25, 0.5, 0.75, 1.0),
-    boards=(Host(),),
+    boards=(),
 )
