@@ -267,6 +267,17 @@ def test_what_a_board_lacked_is_measured_once_it_is_there(tmp_path, monkeypatch)
     assert not Runner(exp, tmp_path, log=lambda line: None).todo()
 
 
+def test_a_missing_measurement_makes_no_network_that_cannot_be_timed(tmp_path, monkeypatch):
+    exp = experiment(backends=(Float32(), PTQ()), policies=(), boards=(Host(launches=1, warmup=1),))
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    for path in (tmp_path / "records").rglob("*-measure-*.json"):
+        path.unlink()
+    made = []
+    monkeypatch.setattr(PTQ, "compress", lambda *args, **kwargs: made.append(args))
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    assert {r.facts["backend"] for r in records(tmp_path, "measure")} == {"Float32"} and not made
+
+
 @dataclass(frozen=True)
 class Gone(Host):
     """A board that cannot be reached. Source: a saboteur."""
