@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 from keep import keep
+from openvino_fusions import SHAPE, drawn
 
 from anytime.model import Segment
 from anytime.models.attached import Attached
@@ -23,9 +24,7 @@ from anytime.models.sparse_resnet import SparseResNet
 from anytime.onnx_net import OnnxNet, OpenVINONet, written
 from anytime.quant import onnx_graph
 from anytime.quant.channelwise import channelwise
-from anytime.quant.graph import Widths, prepared
 
-SHAPE = (3, 32, 32)
 DENSE = Attached("densenet121", ("features.transition1", "features.transition2"))
 NETWORKS = (SparseResNet(), IResNeXt(), DENSE)
 ENGINES = {"ONNX Runtime": (OnnxNet, "u8s8", True), "OpenVINO": (OpenVINONet, "u8s8-fused", False)}
@@ -35,12 +34,8 @@ RUNS = 10  # of one graph in a turn; a third as many before them, untimed
 
 def made(spec, engine):
     """The network in both forms."""
-    torch.manual_seed(0)
-    model, images = spec.build(SHAPE, 10).train(), torch.randn(256, *SHAPE)
-    with torch.no_grad():
-        model(images)  # BatchNorm statistics, so that activations have a trained network's size
     kind, target, channels_last = ENGINES[engine]
-    chain = prepared(model.eval(), images, Widths(8, 8), target, "mse", "mse").freeze(round_bias=True)
+    chain, images = drawn(spec, target)
     nets, said = {}, {}
     for form, make in FORMS.items():
         onnx_graph.channelwise = make

@@ -29,13 +29,18 @@ TARGETS = ("u8s8-fused", "u8s8")
 RUNS = 20  # of one graph in a turn; a third as many before them, untimed
 
 
-def made(spec, target):
-    """The network as OpenVINO runs it, and how far it is from its twin."""
+def drawn(spec, target):
+    """The network in INT8 for a target, with weights as they are drawn, and the images that it was calibrated on."""
     torch.manual_seed(0)
     model, images = spec.build(SHAPE, 10).train(), torch.randn(256, *SHAPE)
     with torch.no_grad():
         model(images)  # BatchNorm statistics, so that activations have a trained network's size
-    chain = prepared(model.eval(), images, Widths(8, 8), target, "mse", "mse").freeze(round_bias=True)
+    return prepared(model.eval(), images, Widths(8, 8), target, "mse", "mse").freeze(round_bias=True), images
+
+
+def made(spec, target):
+    """The network as OpenVINO runs it, and how far it is from its twin."""
+    chain, images = drawn(spec, target)
     net = OpenVINONet(chain, {}, partial(written, chain, SHAPE), {})
     net.open(1)
     with torch.no_grad():

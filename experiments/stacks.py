@@ -12,7 +12,7 @@ networks that are nearly as good as each other; a third just the two SDN. One tr
 It gave, three together: 91.15 % averaged, 91.31 with a weight for each, 91.26 by logistic regression, 90.47 by gradient boosting, 89.94 by
 the MLP; the best member 90.00, SDN ResNet-56 91.99. Averaged with SDN ResNet-56 92.67; that cascade has 92.14 % at 1.6, half of
 SDN ResNet-56's MACs, and takes nearly as long as that, for SparseResNet takes longer than SDN ResNet-56 in ONNX Runtime. The cascade
-of the two SDN alone has 92.31 % for the same MACs, in three fifths of the time.
+of the two SDN alone has 92.31 % for the same MACs, in two thirds of the time.
 """
 
 from anytime.backends.ensembles import Stack
