@@ -13,9 +13,9 @@ def channelwise(m: nn.Module, grid: FakeQuant, channels: int) -> nn.Module:
     """BatchNorm behind no convolution, or average pooling, of ``channels`` on an 8-bit ``grid`` as a QConv2d; else ``m`` itself.
 
     ONNX Runtime has no integer kernel for the first, which costs a DQ, two transpositions and a Q, and a slow one for the second
-    (benchmarks/channelwise.py); OpenVINO is a tenth slower or faster, and no longer dies of DenseNets (tests/test_openvino.py). A weight that is
-    alone in its channel lies on its grid whatever it is, so only BatchNorm's shift is rounded: to 1/127 of what one step of the
-    input makes.
+    (benchmarks/channelwise.py); OpenVINO is a tenth slower or faster, and no longer dies of DenseNets (tests/test_openvino.py). A
+    weight that is alone in its channel lies on its grid whatever it is, so only BatchNorm's shift is rounded: to 1/127 of what one
+    step of the input makes.
     """
     if grid.bits > 8:
         return m
