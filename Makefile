@@ -23,7 +23,7 @@ help: ## show this
 # torch first and by its exact pin: pip then finds the CPU build where there is one beside it.
 $(BIN)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'anytime needs Python 3.11 or newer: make PYTHON=python3.11 ...'; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e .
 	@touch $@

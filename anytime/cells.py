@@ -29,6 +29,10 @@ def find_cell(
     """
     rest = words
     if exp is None:
+        if not words:
+            raise UsageError(
+                'no network is named: give EXP and words of its row (CELL="quickstart B-LeNet INT8"), or a cell\'s key'
+            )
         first, *rest = words
         if re.fullmatch(r"[0-9a-f]{4,12}", first) and not rest and first not in names():
             if sets:

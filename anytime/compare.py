@@ -191,7 +191,7 @@ def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -
                     counted = metric
                     if metric == "latency_ms_mean" and (x["noisy"] or y["noisy"]):
                         counted = "cpu_ms"
-                    elif metric == "latency_ms_mean" and (absent(x[metric]) or absent(y[metric])):
+                    elif metric == "latency_ms_mean" and (absent(x.get(metric)) or absent(y.get(metric))):
                         counted = "latency_ms_p50"  # of a record without means
                     pair = Pair(*who, board, counted, x.get(counted), y.get(counted))
                     if not absent(pair.a) and not absent(pair.b):
@@ -292,8 +292,11 @@ def _apart(a: Interval, b: Interval) -> tuple[float, float, float]:
 
 
 def _spent_apart(a: Row, b: Row) -> tuple[float, float]:
-    """95 % limits of the ratio of what two policies spend, each with the limits of its own bootstrap, on logarithms; as _apart."""
-    ends = [[math.log(1 + row[f"budget_violation{end}"]) for end in ("", "_lo", "_hi")] for row in (a, b)]
+    """95 % limits of the ratio of what two policies spend, each with the limits of its own interval, on logarithms; as _apart.
+
+    Of a few seeds it may reach below nothing, which has no logarithm: next to nothing stands for it.
+    """
+    ends = [[math.log(max(1e-9, 1 + row[f"budget_violation{end}"])) for end in ("", "_lo", "_hi")] for row in (a, b)]
     (x, x_lo, x_hi), (y, y_lo, y_hi) = ends
     value = math.log(float(b["macs"]) / float(a["macs"]))
     return math.exp(value - math.hypot(y - y_lo, x_hi - x)), math.exp(value + math.hypot(y_hi - y, x - x_lo))
@@ -331,13 +334,19 @@ def _judge(pair: Pair, allowed: float) -> None:
 
 
 def _failures(ours: Network, theirs: Network) -> Iterator[Pair]:
-    """What failed on one side only."""
+    """What failed on one side and was done on the other."""
     fails = [{(r.of, r.board, asked_of(r, r.facts)): r.reason for r in n.missed if r.kind == "fail"} for n in (ours, theirs)]
     for which, verdict in ((1, "worse"), (0, "better")):
         for what, reason in fails[which].items():
-            if what not in fails[1 - which] and (ours, theirs)[1 - which].scores:
+            if _done((ours, theirs)[1 - which], *what):
                 a, b = ("done", f"fail: {reason}") if which else (f"fail: {reason}", "done")
                 yield Pair(*_names(ours), _asked(what[2]), what[1], f"status of {what[0]}", a, b, verdict=verdict)
+
+
+def _done(network: Network, of: str, board: str, asked: Asked) -> bool:
+    """Whether the network has what a record of this kind would say."""
+    there = network.scores if of in ("eval", "decide") else [a for a, boards in network.times.items() if board in boards]
+    return any(not asked.policy or a._replace(fitted_on=asked.fitted_on) == asked for a in there)
 
 
 def _names(network: Network) -> tuple[str, str, str]:

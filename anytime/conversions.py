@@ -32,10 +32,12 @@ def conversions(exits: Sequence[Row]) -> list[list[str]]:
 
 
 def _of_network(rows: Sequence[Row]) -> list[list[str]]:
-    last = max(row["exit"] for row in rows)
+    last: dict[str, float] = {}  # an ensemble has exits of its own
+    for row in rows:
+        last[row["backend"]] = max(row["exit"], last.get(row["backend"], 0))
     found: dict[tuple[str, str], dict[str, Row]] = {}  # backend, machine -> board -> row
     for row in rows:
-        if row["exit"] == last:
+        if row["exit"] == last[row["backend"]]:
             machine = row["board"].partition(BATCH)[0]
             found.setdefault((row["backend"], machine), {})[row["board"]] = row
     lines = []

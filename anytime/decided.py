@@ -82,7 +82,7 @@ def example(policies: Sequence[str]) -> list[str]:
 
 
 def first_policy(network: Network, asked: Asked) -> Asked | None:
-    """The same question to the policy that the experiment names first."""
+    """The same question to the policy that the experiment names first; None where that one cannot answer it."""
     places = {
         a: p["policy_position"]
         for a, points in network.scores.items()
@@ -90,7 +90,7 @@ def first_policy(network: Network, asked: Asked) -> Asked | None:
         if p.get("policy_position") is not None and asked == a._replace(policy=asked.policy)
     }
     first = min(places, key=lambda a: places[a], default=None)
-    return None if first is None or asked not in places or first == asked else first
+    return None if first is None or places[first] or asked not in places or first == asked else first
 
 
 def curve_of(network: Network, asked: Asked, costs: str | Mapping[int, float]) -> Curve | None:

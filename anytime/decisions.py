@@ -6,7 +6,7 @@ Letters: E exits, N test samples, V val samples, K classes, G operating points, 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -128,15 +128,19 @@ class Family(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def weights(n: int) -> Floats:
-    """[R, n] float32: how often each resample draws each of n samples, over n. The same for whoever asks, so resamples are paired."""
-    drawn = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+def weights(n: int, part: Literal["val", "test"]) -> Floats:
+    """[R, n] float32: how often each resample draws each of n samples of a part, over n.
+
+    The same for whoever asks, so resamples are paired; val and test are drawn apart, of whatever size they are.
+    """
+    seed = (SEED, 1) if part == "val" else SEED
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     return np.asarray(drawn / n, dtype=np.float32)
 
 
-def resampled(values: Any) -> Floats:
+def resampled(values: Any, part: Literal["val", "test"] = "test") -> Floats:
     """values [G, N] of samples -> their means [R, G] over every resample."""
-    return np.asarray(weights(values.shape[1]) @ values.T.astype(np.float32), dtype=np.float64)
+    return np.asarray(weights(values.shape[1], part) @ values.T.astype(np.float32), dtype=np.float64)
 
 
 def places(val_cost: Floats, chosen: int) -> Floats:
@@ -144,7 +148,7 @@ def places(val_cost: Floats, chosen: int) -> Floats:
 
     The place between two operating points is the one that spends, on the resample, what the chosen point spends on val.
     """
-    spent = np.maximum.accumulate(resampled(val_cost), axis=1)
+    spent = np.maximum.accumulate(resampled(val_cost, "val"), axis=1)
     target = val_cost[chosen].astype(np.float32).mean(dtype=np.float64)
     points = np.arange(len(val_cost), dtype=np.float64)
     return np.array([np.interp(target, row, points) for row in spent])

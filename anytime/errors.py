@@ -10,6 +10,11 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+def install(extra: str) -> str:
+    """What to type for an optional part. From the checkout: PyPI's ``anytime`` is somebody else's."""
+    return f"pip install -e '.[{extra}]' in the checkout of anytime"
+
+
 class AnytimeError(Exception):
     """Something failed that the user can read about in one sentence; exit code 1."""
 

@@ -50,13 +50,15 @@ def experiment(name: str, sets: Sequence[str] = ()) -> Experiment:
         raise UsageError(f"{path} defines no EXPERIMENT: write EXPERIMENT = Experiment(...), as experiments/quickstart.py does")
     if found.name != path.stem:
         raise UsageError(f"{path} names its experiment {found.name!r}: an experiment is called as its file, {path.stem!r}")
-    plain_key = key(found)
+    as_written, said_of = key(found), dict[str, str]()
     for said in sets:
         where, equals, text = said.partition("=")
         if not equals:
             raise UsageError(f"--set {said}: say which field and which value, as in --set recipe.epochs=1")
+        said_of[where.strip()] = text.strip()
         found = override(found, where.strip(), text.strip())
-    return found if key(found) == plain_key else replace(found, name=f"{found.name}-{key(found)[:6]}")
+    # Not the key of the whole: it would be another experiment after every change of its file.
+    return found if key(found) == as_written else replace(found, name=f"{found.name}-{key(tuple(sorted(said_of.items())))[:6]}")
 
 
 def loaded(path: Path) -> Any:

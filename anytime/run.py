@@ -35,6 +35,7 @@ from anytime.scoring import (
     eval_rows,
     executed_rows,
     layer_rows,
+    mean_over,
     percentiles,
     ptflops_macs,
     size_bytes,
@@ -87,7 +88,12 @@ class Runner:
             if line not in self.said:
                 self.log(line)
             self.said.add(line)
-        return {name: found for name, found in known.items() if name not in changed}
+        lost = {name for name in known if self.exp.currency == "ms" and self._lacks_times(known[name][0])}
+        return {name: found for name, found in known.items() if name not in changed | lost}
+
+    def _lacks_times(self, record: Record) -> bool:
+        """Whether the single times, which budgets in ms are fitted on, have left the cache that they lie in."""
+        return record.kind == "measure" and self.shop.timing(record.fact) is None
 
     def _has_changed(self, record: Record, cell: Cell) -> bool:
         """Whether files of the user's hold other samples or weights now than when the record was written."""
@@ -227,9 +233,7 @@ class Runner:
         except Exception as error:
             if self.debug:
                 traceback.print_exc()
-            self._write(
-                fact, "fail", reason=f"{type(error).__name__}: {error}" if not isinstance(error, AnytimeError) else str(error)
-            )
+            self._write(fact, "fail", reason=_sentence(error))
 
     def _eval(self, fact: Fact) -> None:
         cell = fact.cell
@@ -279,15 +283,18 @@ class Runner:
             return
         x = self._samples(ready[0].cell, self.exp.time_samples)
 
-        parts = self.shop.data(ready[0].cell.data, ready[0].cell.seed)
-
         def measure(facts: list[Fact]) -> list[tuple[Timing, dict[str, Floats] | None]]:
             nets = [self.shop.net(f.cell) for f in facts]
             self.progress(f"measure {len(facts)} networks on {board.name}", 0, 1)
             timings = board.time(nets, x)
-            answers = board.answers(nets, {"val": parts.val.x.numpy(), "test": parts.test.x.numpy()})
+            answers: dict[int, dict[str, Floats] | None] = {}
+            for seed in dict.fromkeys(f.cell.seed for f in facts):  # each seed has a val part of its own
+                own = [i for i, f in enumerate(facts) if f.cell.seed == seed]
+                parts = self.shop.data(facts[0].cell.data, seed)
+                asked = {"val": parts.val.x.numpy(), "test": parts.test.x.numpy()}
+                answers |= zip(own, board.answers([nets[i] for i in own], asked), strict=True)
             self.progress(f"measure {len(facts)} networks on {board.name}", 1, 1)
-            return list(zip(timings, answers, strict=True))
+            return [(timing, answers[i]) for i, timing in enumerate(timings)]
 
         for fact, (timing, said) in self._together(ready, measure):
             self.shop.keep_timing(fact.name, timing)
@@ -306,10 +313,13 @@ class Runner:
             results = work(facts)
         except Unreachable as error:
             return self.log(f"{error} It stays to do.")
-        except AnytimeError as error:
+        except Exception as error:
+            said = _sentence(error)
+            if self.debug:
+                traceback.print_exc()
             if len(facts) == 1:
-                return self._write(facts[0], "skip" if isinstance(error, Unsupported) else "fail", reason=str(error))
-            self.log(f"together: {error} Now one by one.")
+                return self._write(facts[0], "skip" if isinstance(error, Unsupported) else "fail", reason=said)
+            self.log(f"together: {said} Now one by one.")
             for fact in facts:
                 yield from self._together([fact], work)
             return None
@@ -352,8 +362,12 @@ class Runner:
             where = replace(fact, board=fact.board if self.exp.currency == "ms" else None)
             test = self.decider.said(where, fact.cell)["test"]
             offline = Predictions(test.logits[:, : len(x)], test.labels[: len(x)], "test")
-            exits = policy.exits(offline.logits)
+            everyone = policy.exits(test.logits)
+            exits = everyone[: len(x)]
             answers = policy.answer(offline.logits, exits).argmax(-1)
+            # Who is handed over together shares one reading, whatever exit each takes.
+            share = np.bincount(everyone if ran.at_once == 1 else ran.exits, minlength=offline.n_exits).astype(float)
+            wall, cpu = (mean_over(ms, ran.exits, share / share.sum()) for ms in (ran.wall_ms, ran.cpu_ms))
             assert fact.policy is not None
             point = {
                 "policy_label": fact.policy.label, "arm": fact.arm, "budget": fact.budget, "currency": self.exp.currency, "n": len(x),
@@ -362,7 +376,7 @@ class Runner:
                 "same_exits": float((ran.exits == exits).mean()), "same_answers": float((ran.answers == answers).mean()),
                 "share": (np.bincount(ran.exits, minlength=offline.n_exits) / len(x)).tolist(),
                 "n_timed": ran.readings_ms.size,
-                **percentiles(ran.readings_ms), "latency_ms_mean": float(ran.wall_ms.mean()), "cpu_ms": float(ran.cpu_ms.mean()),
+                **percentiles(ran.readings_ms), "latency_ms_mean": wall, "cpu_ms": cpu,
             }  # fmt: skip
             self._write(
                 fact, "replay", points=[point], facts={"device": ran.facts, "decides": fact.needs[0], "session": self.session}
@@ -381,6 +395,8 @@ class Runner:
         old = self.known.get(fact.name)
         if kind == "skip" and old is not None and old[0].kind == "skip" and old[0].reason == reason:
             return
+        if kind in ("skip", "fail") and old is not None and old[0].kind == fact.of:
+            return self.log(f"{cell.model.label}, {cell.backend.label}, {fact.of}: {reason} What was found before stays.")
         about: dict[str, Any] = {
             "model": cell.model.label, "dataset": cell.data.label, "backend": cell.backend.label, "column": cell.backend.column,
             "position": fact.position, "reference": cell.backend == self.exp.reference_backend,
@@ -405,6 +421,10 @@ class Runner:
             if line not in self.said:
                 self.log(line)
             self.said.add(line)
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, AnytimeError) else f"{type(error).__name__}: {error}"
 
 
 def _group(exp: Experiment, results: Path, facts: list[Fact], threads: int, debug: bool) -> list[str]:

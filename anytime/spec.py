@@ -77,7 +77,7 @@ def defaults(obj: Any) -> dict[str, dict[str, Any]]:
         return {}
     own = {f.name: plain(default) for f in dataclasses.fields(obj) if (default := _default(f)) is not dataclasses.MISSING}
     within = defaults([getattr(obj, f.name) for f in dataclasses.fields(obj)])
-    return within | {f"{type(obj).__name__} {obj.version}": own}
+    return within | {f"{_called(type(obj))} {obj.version}": own}
 
 
 def override(spec: T, path: str, text: str) -> T:
@@ -116,7 +116,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _plain(obj: Any, every_field: bool) -> Any:
     if isinstance(obj, Spec):
         fields = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)} if every_field else _not_default(obj)
-        return {"is": type(obj).__name__, "version": obj.version} | {
+        return {"is": _called(type(obj)), "version": obj.version} | {
             name: _plain(value, every_field) for name, value in fields.items()
         }
     if isinstance(obj, tuple | list):
@@ -124,6 +124,12 @@ def _plain(obj: Any, every_field: bool) -> Any:
     if obj is None or isinstance(obj, bool | int | float | str):
         return obj
     raise TypeError(f"{obj!r} cannot be part of a spec: use numbers, strings, tuples or Specs")
+
+
+def _called(cls: type) -> str:
+    """The name of a class; of a user's own with its module, for two files may each have their ``MyNet``."""
+    module = cls.__module__.replace("__mp_main__", "__main__")  # as another process calls the script
+    return cls.__name__ if module.startswith("anytime.") else f"{module}.{cls.__name__}"
 
 
 def _override(obj: Any, steps: list[str], text: str, path: str, hint: Any = Any) -> Any:

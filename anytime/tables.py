@@ -146,7 +146,7 @@ def _stand_in(said: Sequence[Row], board: str) -> dict[int, Row]:
         why_not = next((r["reason"] for r in own if r["of"] == "measure" and r["status"] != "done" and r["board"] == board), "")
         exits: dict[int, Row] = {}
         for row in sorted((r for r in own if r["status"] == "done"), key=lambda r: r["board"] != board):
-            blank = {"latency_ms_p50": NAN, "reason": row["reason"] or why_not}
+            blank = {"latency_ms_p50": NAN, "front": False, "reason": row["reason"] or why_not}
             exits.setdefault(row["exit"], row if row["board"] == board else row | blank)
         if exits:
             final = exits[max(exits)]
@@ -189,8 +189,7 @@ def _value(name: str, row: Row, notes: list[str]) -> str:
     if name == "reason":
         return f"[{notes.index(row[name]) + 1}]" if row[name] else ""
     if name == "budget":
-        unit = {"ms": " ms", "accuracy": " accuracy", "": ""}.get(row["currency"], f" × {row['currency']}")
-        return "" if absent(row[name]) else f"{row[name]:g}{unit}"
+        return "" if absent(row[name]) else budget_said(row["currency"], row[name], row["board"])
     if name == "accuracy" and not absent(row[name]):
         text = f"{_say(name, row[name])} [{_say('accuracy_lo', row['accuracy_lo'])}, {_say('accuracy_hi', row['accuracy_hi'])}]"
         return f"**{text}**" if row["front"] else text
@@ -201,6 +200,12 @@ def _value(name: str, row: Row, notes: list[str]) -> str:
         mark = "~" if row["noisy"] and name.startswith("latency_ms_") and not absent(row[name]) else ""
         return mark + _say(name, row[name])
     return str(row[name])
+
+
+def budget_said(currency: str, budget: float, board: str) -> str:
+    """A budget with its unit: milliseconds are those of a board."""
+    unit = {"ms": f" ms on {board}" if board else " ms", "accuracy": " accuracy", "": ""}.get(currency, f" × {currency}")
+    return f"{budget:g}{unit}"
 
 
 def _title(name: str) -> str:
@@ -283,7 +288,7 @@ def sections(rows: pd.DataFrame) -> Iterator[Section]:
     if exits:
         yield _section("Exits", exits, _EXITS, notes)
     stepped = {
-        (row["cell"], row["policy"], row["budget"], row["currency"]): row
+        (row["cell"], row["policy"], _value("budget", row, [])): row
         for row in done if not absent(row["step_gain"]) and row["arm"] in ("", "refitted")
     }  # fmt: skip
     if stepped:
@@ -325,8 +330,7 @@ def _decisions(policies: Sequence[Row], notes: list[str]) -> Iterator[Section]:
     judged = [row for row in policies if not absent(row["regret"])]
     once: dict[Any, Row] = {}
     for row in judged:  # boards repeat what is decided
-        fitted_on = row["board"] if row["currency"] == "ms" else ""
-        once.setdefault((row["cell"], row["policy"], row["budget"], row["arm"], fitted_on), row)
+        once.setdefault((row["cell"], row["policy"], _value("budget", row, []), row["arm"]), row)
     if judged:
         yield _side_by_side(list(once.values()))
     for dataset in dict.fromkeys(row["dataset"] for row in judged):
@@ -359,8 +363,7 @@ def _kept(policies: Sequence[Row]) -> Iterator[Section]:
     """Thresholds kept from FP32 beside those fitted again after compression, where both were scored."""
     pairs: dict[Any, dict[str, Row]] = defaultdict(dict)
     for row in policies:
-        fitted_on = row["board"] if row["currency"] == "ms" else ""
-        pairs[row["cell"], row["policy"], row["budget"], row["currency"], fitted_on].setdefault(row["arm"], row)
+        pairs[row["cell"], row["policy"], _value("budget", row, [])].setdefault(row["arm"], row)
     body = []
     for arms in pairs.values():
         if {"kept", "refitted"} <= arms.keys() and not arms["kept"]["reference"]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from anytime.errors import AnytimeError
+from anytime.errors import AnytimeError, install
 
-INSTALL = "pip install 'anytime[qkeras]'"
+INSTALL = install("qkeras")
 
 
 def missing(*packages: str) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,11 +16,12 @@ from anytime.errors import AnytimeError
 
 @contextmanager
 def workers(n: int) -> Iterator[ProcessPoolExecutor]:
-    """``n`` fresh processes. When the block is left by an error or Ctrl-C, what they have begun ends and nothing else begins.
+    """``n`` fresh processes. When the block is left by an error or Ctrl-C, what they have begun ends and nothing else begins; they
+    are killed with the one who started them.
 
     AnytimeError where one of them was killed. Not threads: torch.fx can trace but one network at a time.
     """
-    pool = ProcessPoolExecutor(n, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),))
     try:
         yield pool
     except BaseException as error:
@@ -30,3 +34,10 @@ def workers(n: int) -> Iterator[ProcessPoolExecutor]:
             ) from error
         raise
     pool.shutdown()
+
+
+def _end_with(parent: int) -> None:
+    """Whoever outlived it would hold the locks that the same command, given again, waits for."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended since
+        os._exit(1)

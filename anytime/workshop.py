@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -10,6 +11,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import fields
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -69,7 +71,7 @@ class Workshop:
     def changeable(self, cell: Cell) -> str:
         """What ``content`` names, in words."""
         samples = [f"the samples of {cell.data.label}"] if cell.data.own else []
-        return " or ".join(samples + [f"the weights of {cell.model.label}"] * bool(_imported(cell)))
+        return " or ".join(samples + [f"the weights or the code of {cell.model.label}"] * bool(_imported(cell)))
 
     def trained(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> AnytimeModel:
         """The float network of a cell, from the cache or trained now.
@@ -235,18 +237,29 @@ def _loaded(spec: DatasetSpec, seed: int) -> Data:
 
 
 def _imported(spec: object) -> tuple[str, ...]:
-    """sha256 of every file of weights that a spec names and that is there, but of one whose name bears it ("resnet20-12fca82f.th")."""
+    """sha256 of every file that a spec names, if all are there: of weights, but where its name bears it ("resnet20-12fca82f.th"),
+    and of the Python of a network of the user's own ("mynet:make"), which has no version to be counted up.
+    """
     if isinstance(spec, tuple):
         return tuple(digest for part in spec for digest in _imported(part))
     if not isinstance(spec, Spec):
         return ()
     found = _imported(tuple(getattr(spec, f.name) for f in fields(spec)))
-    file = Path(getattr(spec, "weights", "")).expanduser() if isinstance(spec, ModelSpec) else Path()
-    if file.is_file():
-        there = file.stat()
-        digest = _sha256(file, there.st_mtime_ns, there.st_size)
-        found += () if digest[:8] in file.name else (digest,)
+    if isinstance(spec, ModelSpec):
+        weights, (module, own, _) = getattr(spec, "weights", ""), str(getattr(spec, "backbone", "")).partition(":")
+        files = [Path(weights).expanduser()] * bool(weights) + [_code(module)] * bool(own)
+        if all(file.is_file() for file in files):
+            digests = [(file, _sha256(file, file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
+            found += tuple(digest for file, digest in digests if digest[:8] not in file.name)
     return found
+
+
+def _code(module: str) -> Path:
+    """The file of a Python module; none where it is not found."""
+    with contextlib.suppress(ImportError, ValueError):
+        found = find_spec(module)
+        return Path((found and found.origin) or "")
+    return Path()
 
 
 @lru_cache

@@ -12,7 +12,7 @@ from anytime import machine
 from anytime.config import Experiment
 from anytime.errors import AnytimeError, CorruptFile, UsageError
 from anytime.facts import reference_cell
-from anytime.files import write_atomically
+from anytime.files import locked, write_atomically
 from anytime.record import load
 from anytime.spec import key, plain
 from anytime.workshop import Workshop
@@ -29,8 +29,7 @@ def add(exp: Experiment, results: Path) -> list[Path]:
     """
     zoo, shop = results / "zoo", Workshop(results)
     known = {r.fact: r for r, _ in load(results / "records", exp.name).records if r.kind == "eval"}
-    manifest = read(zoo)
-    added = []
+    found: dict[str, tuple[bytes, bytes, dict[str, Any]]] = {}
     cells = {key(c): c for c in (reference_cell(c, exp.reference_backend) for c in exp.cells())}
     for cell in cells.values():
         record = known.get(key(("eval", cell)))
@@ -43,14 +42,11 @@ def add(exp: Experiment, results: Path) -> list[Path]:
             raise AnytimeError(
                 f"{cell.model.label} has {len(body) / 1e6:.1f} MB of weights; the zoo takes {LARGEST / 1e6:.0f} MB a file"
             )
-        path = zoo / f"{name}.safetensors"
-        digest = weights.with_suffix(".sha256").read_text()
-        write_atomically(path.with_suffix(".sha256"), digest.encode())
-        write_atomically(path, body)
+        digest = weights.with_suffix(".sha256").read_bytes()
         size = int.from_bytes(body[:8], "little")
         meta = json.loads(body[8 : 8 + size])["__metadata__"]
-        manifest[name] = {
-            "model": cell.model.label, "data": cell.data.label, "sha256": digest.strip(), "bytes": len(body),
+        said = {
+            "model": cell.model.label, "data": cell.data.label, "sha256": digest.decode().strip(), "bytes": len(body),
             "accuracy": [e["accuracy"] for e in record.exits], "trained_on": record.facts["trained_on"],
             "wall_s": float(meta["wall_s"]), "training_device": meta.get("device", "cpu"),
             "training_precision": meta.get("precision", cell.recipe.precision), "device": record.facts["device"],
@@ -58,11 +54,15 @@ def add(exp: Experiment, results: Path) -> list[Path]:
             "command": shlex.join(["python", "-m", "anytime", *sys.argv[1:]]), "added_by": machine.commit(),
             "spec": plain(("training", cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed)),
         }  # fmt: skip
-        added.append(path)
-    if not added:
+        found[name] = digest, body, said
+    if not found:
         raise UsageError(f"no network of {exp.name} is trained, evaluated and in the cache: make exp EXP={exp.name} first")
-    write_atomically(zoo / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
-    return added
+    with locked(zoo):
+        for name, (digest, body, said) in found.items():
+            write_atomically(zoo / f"{name}.sha256", digest)
+            write_atomically(zoo / f"{name}.safetensors", body)
+            write_atomically(zoo / "manifest.json", json.dumps(read(zoo) | {name: said}, indent=1, sort_keys=True).encode())
+    return [zoo / f"{name}.safetensors" for name in found]
 
 
 def read(zoo: Path) -> dict[str, Any]:

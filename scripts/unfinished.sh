@@ -26,15 +26,19 @@ case ${1:-} in
       fi
     done ;;
   restore)
-    for part in "$kept"/*/*.aa.part; do
-      name=$(basename "$(dirname "$part")") file=$(basename "$part" .aa.part)
-      if [ -e "$zoo/$name.safetensors" ] || [ -e "$cache/$name/weights.safetensors" ] || [ -e "$cache/$name/$file" ]; then
+    for folder in "$kept"/*/; do
+      name=$(basename "$folder")
+      if [ -e "$zoo/$name.safetensors" ] || [ -e "$cache/$name/weights.safetensors" ] || [ -e "$cache/$name/checkpoint.pt" ]; then
         echo "$name is there already"
-      else
-        mkdir -p "$cache/$name"
-        cat "$kept/$name/$file".*.part > "$cache/$name/$file.tmp" && mv "$cache/$name/$file.tmp" "$cache/$name/$file"
-        echo "restored $name"
+        continue
       fi
+      mkdir -p "$cache/$name"
+      # weights.sha256 before weights.safetensors, by which a training is known to be finished
+      for part in $(printf '%s\n' "$folder"*.aa.part | sort -r); do
+        file=$(basename "$part" .aa.part)
+        cat "$folder$file".*.part > "$cache/$name/$file.tmp" && mv "$cache/$name/$file.tmp" "$cache/$name/$file"
+      done
+      echo "restored $name"
     done ;;
   *) echo "scripts/unfinished.sh pack | restore: give one of the two" >&2; exit 2 ;;
 esac

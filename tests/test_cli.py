@@ -113,6 +113,20 @@ def test_an_override_is_another_experiment(ran, tmp_path):
     assert folder.name.startswith("mine-")
 
 
+def test_an_override_keeps_its_name_when_its_file_changes(tmp_path, monkeypatch):
+    from anytime.find import experiment
+
+    text = EXPERIMENT.format(data=SMALL).replace('name="mine"', 'name="changing"')
+    names = []
+    for body in (text, text.replace('question="', 'question="Again: ')):
+        (tmp_path / "changing.py").write_text(body)
+        monkeypatch.delitem(sys.modules, "changing", raising=False)
+        names.append(
+            [experiment(str(tmp_path / "changing.py"), sets).name for sets in (["train_seeds=(0,)"], ["train_seeds=(1,)"])]
+        )
+    assert names[0] == names[1] and len(set(names[0])) == 2
+
+
 def test_jobs_give_the_same_rows(ran, tmp_path):
     assert anytime("run", "mine.py", "--jobs", 2, "--results", tmp_path, cwd=ran)[0] == 0
     assert (tmp_path / "tables" / "mine.csv").read_text().count("\n") == (
@@ -259,6 +273,7 @@ def test_export_writes_what_its_three_lines_run(ran, tmp_path):
     "args, said",
     [
         (("mine.py", "B-LeNot"), "did you mean 'B-LeNet'"),
+        (("",), "no network is named"),
         (("0123456789ab",), "no experiment has a network with the key"),
         (("myne", "B-LeNet"), "no experiment 'myne'"),
         (("mine.py", "B-LeNet", "FP32", "--policy", "Entropi"), "did you mean 'Entropy'"),

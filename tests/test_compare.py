@@ -107,6 +107,15 @@ def test_what_policies_spend_is_noise_within_their_own_limits():
     assert pair.verdict == "within noise"
 
 
+def test_limits_of_two_seeds_that_reach_below_nothing_say_nothing():
+    a, b = (
+        {"macs": m, "budget_violation": -0.2, "budget_violation_lo": -1.47, "budget_violation_hi": 1.07} for m in (1.0e6, 2.0e6)
+    )
+    pair = Pair("d", "m", "b", "p", "", "macs", 1.0e6, 2.0e6, 2.0, *_spent_apart(a, b))
+    _judge(pair, 1.01)
+    assert pair.verdict == "within noise"
+
+
 def test_fields_of_specs_that_differ_are_named():
     a, b = (
         {"is": "Cell", "recipe": {"is": "Recipe", "epochs": n, "loss": {"is": loss}}, "seed": n}
@@ -183,6 +192,16 @@ def test_what_only_one_has_is_listed_and_a_new_failure_is_worse(tmp_path):
     assert said.lost == 3 and "3 lost (in A, not in B), " in text, "a policy, an exit and a network"
     assert "## Only in A" in text and "fail: the loss is NaN" in text
     assert all(isinstance(p["verdict"], str) for p in json.loads(as_json(said, tolerances([])))["pairs"])
+
+
+def test_what_the_other_side_never_tried_is_no_failure(tmp_path):
+    a, b = side(tmp_path, "a"), side(tmp_path, "b")
+    Cell(a, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)])
+    Cell(b, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)]).miss("fail", "measure", "it burns", "host")
+    assert not any(p.metric.startswith("status") for p in compared(tmp_path).pairs)
+    Cell(a, 0, "B-LeNet", "FP32", "FP32", "torch").measure(0.5, 1.0)
+    (failed,) = (p for p in compared(tmp_path).pairs if p.metric.startswith("status"))
+    assert (failed.metric, failed.board, failed.verdict) == ("status of measure", "host", "worse")
 
 
 def test_what_b_has_lost_fails_and_what_another_experiment_never_had_does_not(tmp_path, capsys):

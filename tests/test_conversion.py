@@ -29,7 +29,7 @@ from anytime.quant.bias import reestimate_bn
 from anytime.record import load
 from anytime.rows import rows
 from anytime.run import Runner
-from anytime.scoring import fidelity, unjudged
+from anytime.scoring import fidelity, mean_over, unjudged
 from anytime.spec import plain
 from anytime.train import Recipe
 from anytime.workshop import Workshop
@@ -171,6 +171,18 @@ def test_samples_that_share_a_reading_are_one_of_its_percentiles(done):
         assert point["n"] == 32 and point["n_timed"] == (32 if board == "host" else 1)
 
 
+def test_a_policy_s_mean_is_over_the_exits_that_everybody_takes():
+    ms = np.array(
+        [[1.0, 1.0, 1.0, 4.0], [3.0, 1.0, 1.0, 4.0]]
+    )  # two launches; three samples left at the first exit, one at the last
+    exits = np.array([0, 0, 0, 2])
+    assert mean_over(ms, exits, np.array([0.75, 0.0, 0.25])) == pytest.approx(ms.mean())
+    assert mean_over(ms, exits, np.array([0.5, 0.0, 0.5])) == pytest.approx(0.5 * 4 / 3 + 0.5 * 4)
+    assert mean_over(ms, exits, np.array([0.4, 0.2, 0.4])) == pytest.approx(0.5 * 4 / 3 + 0.5 * 4), (
+        "nobody was timed at the second"
+    )
+
+
 def test_forced_shares_are_timed_end_to_end(table):
     executed = table[(table["of"] == "replay") & (table["board"] == "host")]
     assert set(executed["column"]) == {"FP32", "INT8 PTQ"} and len(executed) == 3
@@ -254,6 +266,14 @@ def test_where_the_reference_cannot_run_before_is_the_same_data_type():
     assert fp32[-6:] == ["board", "other", "–", "–", "6.00", "6.00"]
     assert int8[-6:] == ["board", "other", "–", "–", "6.00", "3.00"]
     assert conversions([row for row in exits if "batch" not in row["board"]]) == []  # no throughput: another kind of experiment
+
+
+def test_every_backend_s_own_last_exit_is_told():
+    def of(backend, exits, **said):
+        return [a_row(board=board, backend=backend, exit=k, **said) for k in range(exits) for board in ("host", "host, batch 8")]
+
+    exits = [*of("Float32", 3, reference=True), *of("PTQ", 3, column="INT8 PTQ"), *of("Voting", 5, column="Voting INT8 PTQ")]
+    assert [(line[3], line[10]) for line in conversions(exits)] == [("PTQ", "torch"), ("Voting", "torch")]
 
 
 # --- images that are large enough ---------------------------------------------------------------------------------

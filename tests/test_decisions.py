@@ -151,8 +151,10 @@ def test_a_refitted_policy_lies_on_its_own_curve(seed: int) -> None:
 
 
 def test_resamples_are_the_same_for_everyone_and_draw_as_many() -> None:
-    w = decisions.weights(30)
-    assert w.shape == (decisions.RESAMPLES, 30) and w is decisions.weights(30)
+    w = decisions.weights(30, "test")
+    assert w.shape == (decisions.RESAMPLES, 30) and w is decisions.weights(30, "test")
+    together = np.corrcoef(w.ravel(), decisions.weights(30, "val").ravel())[0, 1]
+    assert abs(together) < 0.05, "val and test are drawn apart, whatever their sizes"
     assert w.sum(1) == pytest.approx(1) and np.allclose(np.round(w * 30), w * 30, atol=1e-4)
     values = np.random.default_rng(0).random((2, 30))
     assert decisions.resampled(values) == pytest.approx(w @ values.T, abs=1e-6)

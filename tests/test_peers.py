@@ -398,8 +398,8 @@ assert isinstance(wrapper.telemetry, MagicMock), "NNCF reports its runs"
     "keeper, backend, said",
     [
         (ort_keeper, OrtQuantizer(), "pip install onnx onnxruntime"),
-        (nncf_keeper, NNCF(), r"^nncf, onnx, onnxruntime is not installed: pip install 'anytime\[peers\]'"),
-        (torchao_keeper, TorchAO(), r"torchao is not installed: pip install 'anytime\[peers\]'"),
+        (nncf_keeper, NNCF(), r"^nncf, onnx, onnxruntime is not installed: pip install -e '.\[peers\]'"),
+        (torchao_keeper, TorchAO(), r"torchao is not installed: pip install -e '.\[peers\]'"),
     ],
 )
 def test_what_is_missing_is_said_with_its_command(monkeypatch, keeper, backend, said):

@@ -20,6 +20,7 @@ from anytime.policies.eenet import EENet
 from anytime.policies.fixed import Fixed
 from anytime.policies.patience import Patience
 from anytime.policies.random import Random
+from anytime.policies.reading import Reading
 from anytime.policies.risk import RiskControl
 from anytime.policy import PathCost, Policy, mean_cost
 from anytime.spec import key
@@ -488,6 +489,14 @@ def test_shares_of_one_network_hold_on_another() -> None:
     assert (np.bincount(kept.exits(compressed), minlength=3) / 500)[2] > wanted[2] + 0.2
     matched = kept.matched(wanted.tolist(), compressed)
     assert (np.bincount(matched.exits(compressed), minlength=3) / 500).tolist() == wanted.tolist()
+
+
+def test_shares_that_sum_to_a_hair_over_one_are_matched() -> None:
+    shares = [281 / 500, 171 / 500, 48 / 500, 0.0]
+    assert np.cumsum(shares)[2] > 1, "as floats do"
+    logits = predictions(4, 500, 5).logits
+    matched = Reading(of=MaxProb(), reads=(0, 1, 2, 3)).fit(predictions(4, 500, 5), costs(4), 1e9).matched(shares, logits)
+    assert np.bincount(matched.exits(logits), minlength=4).tolist() == [281, 171, 48, 0]
 
 
 def test_temperatures_undo_what_they_measure() -> None:

@@ -53,6 +53,13 @@ def test_p_values_are_valid_where_the_null_is_just_true(p: P, risk: float) -> No
     assert np.mean(np.array(found) <= 0.5) <= binom.ppf(0.999, 1000, 0.5) / 1000
 
 
+def test_samples_in_the_order_of_their_classes_are_no_proof() -> None:
+    """500 of an easy class, then 500 of one where leaving costs 16 points: a bettor who came in that order would stop in time."""
+    rng = np.random.default_rng(0)
+    found = [betting_p(np.concatenate([np.zeros(500), (rng.random(500) < 0.16) * 1.0]), 0.05, 0.1) for _ in range(100)]
+    assert np.mean(np.array(found) <= 0.1) <= binom.ppf(0.999, 100, 0.1) / 100
+
+
 def population(harm: float = 0.0) -> Predictions:
     """5,000 samples of a network whose exits improve; with ``harm`` the surest of the first exit are often wrong."""
     p = predictions(4, 5_000, 5, seed=7)

@@ -32,6 +32,7 @@ from anytime.errors import UsageError, WriteError
 from anytime.metrics import METRICS, paired_loss, wilson
 from anytime.record import load, newest
 from anytime.rows import COLUMNS, mark_front
+from anytime.tables import pivot
 from tests.golden.make import EXP, LABELS, Cell, Maker, N, first, make
 
 REPO = Path(__file__).parents[1]
@@ -490,6 +491,13 @@ def test_a_gain_is_paired_with_the_first_policy_even_of_an_ensemble(to: Maker) -
     assert pick(rows, policy="MaxProb")["gain"].isna().all()
 
 
+def test_where_the_first_policy_has_no_answer_no_other_takes_its_place(to: Maker) -> None:
+    cell = Cell(to, 0, "B-LeNet", "PTQ", "INT8 PTQ", ORT).eval([first(8), first(4)])
+    decided(cell, 20, "refitted", "Fixed", policy_position=1)
+    decided(cell, 24, "refitted", "ZTW", policy_position=2)
+    assert rows_of(to)["gain"].isna().all()
+
+
 def test_a_curve_is_read_at_equal_macs_bops_and_latency(to: Maker) -> None:
     row = one(armed(to), backend="PTQ", policy="MaxProb", arm="refitted")
     assert row["accuracy_at_macs"] == pytest.approx(0.8 + 0.1 * 0.5)  # 0.75 of 200 kMACs, half way between both points
@@ -519,6 +527,16 @@ def test_the_page_has_a_table_of_decisions_and_explains_its_words(to: Maker) -> 
 def test_a_bound_is_not_on_the_front(to: Maker) -> None:
     rows = armed(to)
     assert one(rows, policy="Oracle")["bound"] and not one(rows, policy="Oracle")["front"] and rows["front"].any()
+
+
+def test_a_network_that_a_board_did_not_time_is_not_on_its_front(to: Maker) -> None:
+    fp32 = Cell(to, 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)]).measure(0.8)
+    trt = Cell(to, 1, "LeNet", "TensorRT", "FP16 TensorRT", "TensorRT").eval([first(3)])
+    for cell, ms in ((fp32, 0.8), (trt, 0.1)):
+        times = {"exit": 0, "n": 256, "latency_ms_p50": ms, "latency_ms_mean": ms, "cpu_ms": ms}
+        cell.record("measure", "measure-agx", {"device": {"cpu": "Orin", "noisy": "no"}}, board="agx", exits=[times])
+    agx, host = (pivot(rows_of(to), board).iloc[0]["FP16 TensorRT"] for board in ("agx", "host"))
+    assert agx["front"] and not host["front"] and math.isnan(host["latency_ms_p50"])
 
 
 def test_arms_have_two_figures_more(to: Maker, tmp_path: Path) -> None:

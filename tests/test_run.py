@@ -1,6 +1,7 @@
 """A whole experiment on made-up data: every kind of fact, nothing twice, nothing lost."""
 
 import base64
+import importlib
 import json
 import os
 import shutil
@@ -278,6 +279,24 @@ def test_a_missing_measurement_makes_no_network_that_cannot_be_timed(tmp_path, m
     assert {r.facts["backend"] for r in records(tmp_path, "measure")} == {"Float32"} and not made
 
 
+def test_a_board_that_refuses_hides_nothing_that_it_has_measured(tmp_path, monkeypatch):
+    def run(*backends):
+        exp = experiment(backends=backends, policies=(), boards=(Host(launches=1, warmup=1),))
+        Runner(exp, tmp_path, log=said.append).run()
+        return Runner(exp, tmp_path)
+
+    def refuses(*_):
+        raise OSError("too hot")
+
+    said = []
+    run(Float32())
+    monkeypatch.setattr(Host, "time", refuses)
+    again = run(Float32(), OnnxRuntime(of=Float32()))
+    kinds = {(r.facts["backend"], r.kind) for r, _ in again.known.values() if r.of == "measure"}
+    assert kinds == {("Float32", "measure"), ("OnnxRuntime(of=Float32)", "fail")}
+    assert any(line.endswith("measure: OSError: too hot What was found before stays.") for line in said)
+
+
 @dataclass(frozen=True)
 class Gone(Host):
     """A board that cannot be reached. Source: a saboteur."""
@@ -306,6 +325,16 @@ def test_budgets_in_milliseconds_are_fitted_on_measured_time(tmp_path):
     Runner(exp, tmp_path, log=lambda line: None).run()
     (decide,) = records(tmp_path, "decide")
     assert decide.board == "host" and 0 < decide.points[0]["spent"] < 100
+
+
+def test_times_that_left_the_cache_are_taken_again_where_budgets_are_fitted_on_them(tmp_path):
+    exp = experiment(currency="ms", budgets=(100.0,), backends=(Float32(),))
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    shutil.rmtree(tmp_path / "cache" / "timings")
+    again = Runner(replace(exp, policies=(Entropy(), MaxProb())), tmp_path, log=lambda line: None)
+    assert {f.of for f in again.todo()} >= {"measure", "decide"}
+    again.run()
+    assert len(records(tmp_path, "decide")) >= 2 and not records(tmp_path, "skip")
 
 
 def test_two_processes_side_by_side_make_the_same_table(tmp_path, done):
@@ -511,6 +540,21 @@ class Backbone(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(196, num_classes))
 
 
+def test_a_factory_s_code_that_changed_is_asked_again(tmp_path, monkeypatch):
+    code = tmp_path / "my_own_net.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cell = next(iter(experiment(suites=(Suite(experiment().suites[0].data, (Attached("my_own_net:make", ("0",)),)),)).cells()))
+    shop = Workshop(tmp_path / "results")
+    assert not shop.content(cell), "there is no such file yet"
+    found = []
+    for body in ("def make(num_classes): ...", "def make(num_classes): ...  # other"):
+        code.write_text(body)
+        importlib.invalidate_caches()
+        found.append(shop.content(cell))
+    assert all(found) and found[0] != found[1]
+    assert shop.changeable(cell).startswith("the weights or the code of")
+
+
 def test_weights_that_changed_under_their_name_are_asked_again(tmp_path):
     def write(seed):
         torch.manual_seed(seed)
@@ -527,7 +571,10 @@ def test_weights_that_changed_under_their_name_are_asked_again(tmp_path):
     assert not run().todo()
     write(2)
     assert len(run().todo()) == 1
-    assert said[-1] == f"the weights of {Static(imported).label} have changed: what was found on the old ones is made again"
+    assert (
+        said[-1]
+        == f"the weights or the code of {Static(imported).label} have changed: what was found on the old ones is made again"
+    )
     run().run()
     assert not run().todo()
     (tmp_path / "w.pt").unlink()

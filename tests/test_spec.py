@@ -51,11 +51,14 @@ def test_a_new_field_with_a_default_moves_no_key():
 def test_a_new_field_with_a_default_moves_nothing_that_is_recorded_either():
     """Without the classes, by the defaults that the later version recorded."""
     known = defaults((Outer("x"), grown()))
-    assert known["Inner 1"] == {"epochs": 2, "lr": 0.1, "later": 7} and "name" not in known["Outer 1"]
+    inner, outer = f"{__name__}.Inner 1", f"{__name__}.Outer 1"
+    assert known[inner] == {"epochs": 2, "lr": 0.1, "later": 7} and "name" not in known[outer]
     before, after, other = (said_of(plain(s), known) for s in (Inner(epochs=5), grown(epochs=5), grown(epochs=5, later=8)))
     assert before["epochs"] == 5 and after == {n: v for n, v in before.items() if n not in ("kind", "note", "on", "sizes")}
     assert other == after | {"later": 8}
-    assert said_of(plain(Outer("x")), known | defaults(Inner())) == {"is": "Outer", "version": 1, "name": "x"}
+    assert said_of(plain(Outer("x")), known | defaults(Inner())) == {
+        "is": f"{__name__}.Outer", "version": 1, "name": "x",
+    }  # fmt: skip
 
 
 def test_a_version_moves_the_key():
@@ -67,6 +70,16 @@ def test_a_version_moves_the_key():
     assert key(Inner(epochs=5)) != key(globals()["Inner"](epochs=5))
 
 
+def test_two_files_may_each_have_a_class_of_one_name():
+    def made(module):
+        return dataclass(frozen=True)(
+            type("MyNet", (Spec,), {"__module__": module, "__annotations__": {"width": int}, "width": 8})
+        )()
+
+    assert key(made("a")) != key(made("b")) and key(made("a")) == key(made("a"))
+    assert key(made("__main__")) == key(made("__mp_main__")), "a script's own, in another process"
+
+
 def test_keys_are_what_they_were():
     """Keys name files that users have: they may not move. Regenerate only together with a version bump."""
     from anytime.backends.ptq import PTQ
@@ -74,7 +87,7 @@ def test_keys_are_what_they_were():
     from anytime.models.static import Static
     from anytime.train import Recipe
 
-    assert key(Inner()) == "0ce01576b1a7"
+    assert key(Inner()) == "988744daf528"
     assert [key(s) for s in (Recipe(), PTQ(4, 8), Static(BLeNet()))] == ["c71c4c013cd3", "f82bd1a18e97", "5b0e9917e523"]
 
 

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +37,40 @@ def test_a_process_that_was_killed_is_said():
     with pytest.raises(AnytimeError, match="one of 2 processes was killed, .* fewer side by side"), workers(2) as pool:
         pool.submit(os.kill, 0, 0).result()
         pool.submit(_die).result()
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from anytime.workers import workers
+from tests.test_workers import begin
+if __name__ == "__main__":
+    with workers(1) as pool:
+        pool.submit(begin, Path(sys.argv[1]), 60).result()
+"""
+
+
+def test_they_end_with_one_who_was_killed(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    started = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path / "begun")], env=env)
+    while not (tmp_path / "begun").exists():
+        assert started.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    started.kill()
+    started.wait()
+    deadline = time.monotonic() + 20
+    while any(_runs(child) for child in children):
+        assert time.monotonic() < deadline, "a process outlived who started it"
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_else_all_answers_come():

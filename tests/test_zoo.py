@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anytime.backends.float import Float32
-from anytime.errors import CorruptFile, UsageError
+from anytime.errors import AnytimeError, CorruptFile, UsageError
 from anytime.record import load
 from anytime.run import Runner
 from anytime.zoo import add, read
@@ -46,6 +46,15 @@ def test_an_experiment_starts_at_compression(zoo, tmp_path):
     assert not [s for s in steps if s.startswith("train")]
     scores = [[[e["n_right"] for e in r.exits] for r, _ in load(p / "records").records] for p in (zoo, tmp_path)]
     assert scores[0] == scores[1]
+
+
+def test_what_is_too_large_leaves_the_zoo_as_it_was(zoo, tmp_path, monkeypatch):
+    Runner(small(), tmp_path, log=lambda line: None).run()
+    sizes = sorted(p.stat().st_size for p in (tmp_path / "cache" / "trained").rglob("*.safetensors"))
+    monkeypatch.setattr("anytime.zoo.LARGEST", sizes[-1] - 1)
+    with pytest.raises(AnytimeError, match="MB of weights; the zoo takes"):
+        add(small(), tmp_path)
+    assert sizes[0] < sizes[-1] and not (tmp_path / "zoo").exists()
 
 
 def test_the_manifest_says_where_they_come_from(zoo):

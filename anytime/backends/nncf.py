@@ -11,7 +11,7 @@ from typing import Literal
 from anytime import peer
 from anytime.backend import Backend, Deployable, Segment, Target
 from anytime.dataset import Part
-from anytime.errors import Unsupported
+from anytime.errors import Unsupported, install
 from anytime.model import AnytimeModel
 from anytime.onnx_net import OnnxNet, written
 from anytime.quant.trace import traced
@@ -45,7 +45,7 @@ class NNCF(Backend):
 
     def why_not(self) -> str | None:
         missing = [name for name in ("nncf", "onnx", "onnxruntime") if find_spec(name) is None]
-        return f"{', '.join(missing)} is not installed: pip install 'anytime[peers]'" if missing else None
+        return f"{', '.join(missing)} is not installed: {install('peers')}" if missing else None
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         if target == "s8s8":

@@ -18,7 +18,7 @@ import torch
 from anytime import cpu
 from anytime.backend import INT8_WIDTHS, Backend, Deployable, Target, TorchNet
 from anytime.dataset import Part
-from anytime.errors import Unsupported
+from anytime.errors import Unsupported, install
 from anytime.model import AnytimeModel
 from anytime.onnx_net import GraphNet, OpenVINONet, written
 from anytime.quant.trace import links, traced
@@ -48,7 +48,7 @@ class OpenVINO(Backend):
 
     def why_not(self) -> str | None:
         if find_spec("openvino") is None or find_spec("onnx") is None:
-            return "openvino or onnx is not installed: pip install 'anytime[peers]'"
+            return f"openvino or onnx is not installed: {install('peers')}"
         return self.of.why_not()
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:

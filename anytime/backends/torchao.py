@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from anytime import peer
 from anytime.backend import Backend, Bits, Deployable, Segment, Target
 from anytime.dataset import Part
-from anytime.errors import AnytimeError, Unsupported
+from anytime.errors import AnytimeError, Unsupported, install
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel, State
 from anytime.quant.nodes import module_of
@@ -56,7 +56,7 @@ class TorchAO(Backend):
 
     def why_not(self) -> str | None:
         if find_spec("torchao") is None:
-            return "torchao is not installed: pip install 'anytime[peers]'"
+            return f"torchao is not installed: {install('peers')}"
         compiler = os.environ.get("CXX", "g++")
         if self.compile and shutil.which(compiler) is None:
             return f"Inductor needs the C++ compiler {compiler}, which is not here: install it, or name another in CXX"

@@ -161,9 +161,10 @@
     const points = own().filter((s) => s.policy).flatMap((s) => s.points), asked = unique(points.filter((p) => p[LABEL].startsWith("budget")).map((p) => p[AT]));
     const slider = by("budget"), value = slider.value;
     slider.min = 0;
-    slider.max = Math.max(1, ...points.map((p) => p[AT])).toFixed(2);
+    slider.max = Math.ceil(100 * Math.max(1, ...points.map((p) => p[AT])) - 1e-9) / 100;
     slider.step = 0.01;
-    slider.value = slider.dataset.moved ? value : asked.sort((a, b) => a - b)[Math.floor((asked.length - 1) / 2)] ?? 1;
+    const middle = asked.sort((a, b) => a - b)[Math.floor((asked.length - 1) / 2)] ?? 1;
+    slider.value = slider.dataset.moved ? value : Math.ceil(100 * middle - 1e-9) / 100; // the step that reaches it
     by("asked").replaceChildren(...asked.map((at) => new Option("", at)));
     by("whole").textContent = data.first[by("dataset").value] || "the dearest network";
     document.querySelector(".budget").hidden = !points.length;

@@ -19,6 +19,7 @@ from anytime.metrics import Ints
 from anytime.paired import unpacked
 from anytime.record import Record
 from anytime.rows import absent
+from anytime.tables import budget_said
 
 SHOWN = 12  # images that leave first, and as many that leave last
 _INLINE = 200  # characters: longer facts are written once
@@ -82,11 +83,7 @@ def charts(rows: pd.DataFrame, networks: Sequence[Network]) -> Row:
             if row["arm"] == "refitted" and len(network.cells) == 1:
                 series[key]["points"] = _curve(network, row, total)
         ms = row["latency_ms_p50"] if absent(row["latency_ms_mean"]) else row["latency_ms_mean"]
-        asked = (
-            row["policy"]
-            if is_exit
-            else f"budget {row['budget']:g} {'ms' if row['currency'] == 'ms' else '× ' + row['currency']}"
-        )
+        asked = row["policy"] if is_exit else f"budget {budget_said(row['currency'], row['budget'], row['board'])}"
         at = row["macs"] / total
         if row["currency"] == "macs" and row["spent"] > 0:
             at *= row["budget"] / row["spent"]
@@ -100,7 +97,7 @@ def charts(rows: pd.DataFrame, networks: Sequence[Network]) -> Row:
             {},
             "" if is_exit else row["exit_shares"],
         ]
-        point = series[key]["points"].setdefault((asked, row["board"] if row["currency"] == "ms" else ""), said)
+        point = series[key]["points"].setdefault(asked, said)
         if not absent(ms):
             point[6][row["board"]] = _short(ms)
     for one in series.values():
@@ -113,7 +110,9 @@ def charts(rows: pd.DataFrame, networks: Sequence[Network]) -> Row:
 
 def _curve(network: Network, row: Mapping[Any, Any], total: float) -> dict[Any, list[Any]]:
     """The operating points that the policy's record holds beside those asked for."""
-    asked = [a for a in network.scores if (a.policy, a.arm, a.currency) == (row["policy"], "refitted", row["currency"])]
+    fitted_on = row["board"] if row["currency"] == "ms" else ""
+    wanted = (row["policy"], "refitted", row["currency"], fitted_on)
+    asked = [a for a in network.scores if (a.policy, a.arm, a.currency, a.fitted_on) == wanted]
     point = next((p for a in asked for p in network.scores[a].values() if p.get("curve")), None)
     if point is None:
         return {}

@@ -9,6 +9,7 @@ from anytime.page import data
 from anytime.page.data import Decided, Group, form
 from anytime.page.html import SORTED_FROM, Tables, esc
 from anytime.page.pictures import Pictures
+from anytime.tables import budget_said
 
 Decisions = Sequence[tuple[Group, Decided]]
 
@@ -20,7 +21,7 @@ def shares(groups: Sequence[Group]) -> str:
         policy, budgets, lines = data.shares(group)
         if not lines:
             continue
-        head = "".join(f'<th scope="col">{esc(_budget(*budget))}</th>' for budget in budgets)
+        head = "".join(f'<th scope="col">{esc(budget_said(*budget))}</th>' for budget in budgets)
         body = []
         for (who, arm), line in lines.items():
             cells = "".join(f"<td>{_bar(line[budget]) if budget in line else '–'}" for budget in budgets)
@@ -116,7 +117,7 @@ def layers(groups: Sequence[Group], table: Tables) -> str:
 
 
 def _heading(group: Group, found: Decided) -> str:
-    budget = _budget(found.asked.currency, found.asked.budget, found.asked.fitted_on)
+    budget = budget_said(found.asked.currency, found.asked.budget, found.asked.fitted_on)
     return f"<h3>{esc(group.network)} on {esc(group.dataset)}: {esc(found.asked.policy)}, budget {esc(budget)}</h3>"
 
 
@@ -129,11 +130,6 @@ def _framed(caption: str, inside: str, kind: str) -> str:
         f'<div class="frame {kind}" role="region" aria-label="{esc(caption)}" tabindex="0">'
         f"<table><caption>{esc(caption)}</caption>{inside}</table></div>"
     )
-
-
-def _budget(currency: str, budget: float, board: str = "") -> str:
-    unit = {"ms": " ms", "accuracy": " accuracy", "": ""}.get(currency, f" × {currency}")
-    return f"{budget:g}{unit}" + (f" on {board}" if board else "")
 
 
 def _shade(k: int, n: int) -> str:

@@ -143,5 +143,5 @@ class Reading(Policy):
     def matched(self, shares: Sequence[float], logits: Floats) -> Policy:
         """As ``of``, whose exits these are: shares of others are given to the next one that is read."""
         reads = list(self.uses(len(logits)))
-        upto = np.concatenate([np.asarray(shares, dtype=np.float64).cumsum()[reads[:-1]], [1.0]])
+        upto = np.concatenate([np.asarray(shares, dtype=np.float64).cumsum()[reads[:-1]].clip(max=1.0), [1.0]])
         return replace(self, of=self._of.matched(np.diff(upto, prepend=0.0).tolist(), self.tempered_all(logits)[reads]))

@@ -97,10 +97,12 @@ def binomial_p(losses: Floats, risk: float, delta: float) -> float:
 def betting_p(losses: Floats, risk: float, delta: float) -> float:
     """A p-value of "the mean of losses [N] in [-1, 1] is ``risk`` or more": one over the most that betting against it won.
 
-    Bets are sized to win 1 / ``delta``; the p-value is valid whatever their size.
+    Bets are sized to win 1 / ``delta``; the p-value is valid whatever their size, if losses come in random order. A folder of
+    images lists class by class, so they are shuffled, always alike.
     Source: Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", section 4, predictable
     plug-in bets; Ville's inequality lets one stop at the best moment.
     """
+    losses = np.random.default_rng(0).permutation(losses)
     x, m, n = (losses + 1) / 2, (risk + 1) / 2, len(losses)
     t = np.arange(1, n + 1)
     mean = (0.5 + x.cumsum()) / (t + 1)

@@ -53,7 +53,8 @@ class ZTW(Searched):
         return answered
 
     def _learned(self, val: Predictions) -> ZTW:
-        fitted = [_fitted(val.logits[: k + 1].astype(np.float64), val.labels) for k in range(val.n_exits - 1)]
+        logits = self.tempered_all(val.logits).astype(np.float64)
+        fitted = [_fitted(logits[: k + 1], val.labels) for k in range(val.n_exits - 1)]
         return replace(self, weights=tuple(w for w, _ in fitted), biases=tuple(b for _, b in fitted))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import shlex
@@ -17,10 +16,10 @@ from anytime.backend import Deployable
 from anytime.board import Board, Replayed, Timing
 from anytime.boards.ssh import results
 from anytime.boards.ssh.job import MACHINE, RUNS, Job, agent_sha256, links, on_board
-from anytime.boards.ssh.link import Link
+from anytime.boards.ssh.link import Link, waited
 from anytime.boards.ssh.remote import FOLDER, Remote
 from anytime.boards.ssh.said import said_of
-from anytime.errors import AnytimeError, Unsupported, UsageError
+from anytime.errors import AnytimeError, Unsupported, UsageError, install
 from anytime.metrics import Floats
 from anytime.policy import Policy
 
@@ -88,10 +87,10 @@ class Ssh(Board):
         return self.lacks(net.format, net.needs)
 
     def lacks(self, form: str, needs: Sequence[str]) -> str | None:
-        return "asyncssh is not installed here: pip install 'anytime[boards]'" if find_spec("asyncssh") is None else None
+        return f"asyncssh is not installed here: {install('boards')}" if find_spec("asyncssh") is None else None
 
     def facts(self) -> dict[str, str]:
-        return said_of(asyncio.run(self._state(with_engines=False)))
+        return said_of(waited(self._state(with_engines=False)))
 
     def time(self, nets: Sequence[Deployable], x: Floats) -> list[Timing]:
         with self._job(nets, x) as job:
@@ -109,7 +108,7 @@ class Ssh(Board):
             for i in together if tegrastats else ():
                 about = {"tegrastats": tegrastats, "window_s": WINDOW_S, "takes_s": 2 * WINDOW_S * (nets[i].n_exits + 1)}
                 job.task(f"power-{folders[i]}", kind="power", folder=folders[i], x="time.npy", **about)
-            asyncio.run(self._done(job))
+            waited(self._done(job))
             return [
                 self._timing(job, net, folder, alone.get(i, "time"), together.index(i) if i in together else None, len(x))
                 for i, (net, folder) in enumerate(zip(nets, folders, strict=True))
@@ -144,7 +143,7 @@ class Ssh(Board):
                 asked.append({"folder": job.net(net, list(net.plan(said["uses"]))), "policy": said})
             for launch in range(self.launches):
                 job.task(f"replay-{launch}", kind="time", nets=asked, x="replay.npy")
-            asyncio.run(self._done(job))
+            waited(self._done(job))
             pieces = [job.piece(f"replay-{launch}") for launch in range(self.launches)]
         replays = []
         for i, (net, policy) in enumerate(jobs):
@@ -181,7 +180,7 @@ class Ssh(Board):
                             f"predict-{i}-{part}-{first}", kind="predict", folder=folder, x=f"{part}.npy",
                             first=first, stop=min(first + CHUNK, len(x)), batch=1 if net.format == "tensorrt" else batch,
                         )  # fmt: skip
-            asyncio.run(self._done(job))
+            waited(self._done(job))
             for i in range(len(nets)):
                 chunks = {part: range(0, len(x), CHUNK) for part, x in parts.items()}
                 pieces.append(
@@ -295,7 +294,7 @@ class Ssh(Board):
     def _job(self, nets: Sequence[Deployable], x: Floats) -> Job:
         """An empty job for a board that is what is wanted."""
         self._check(nets, x)
-        state = asyncio.run(self._state(with_engines=any(net.format == "tensorrt" for net in nets)))
+        state = waited(self._state(with_engines=any(net.format == "tensorrt" for net in nets)))
         if sentences := self.wrong(state):
             raise AnytimeError("; ".join(sentences))
         return Job(self.name, state, {"provider": self.provider, "threads": self.threads, "warmup": self.warmup})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -21,6 +22,16 @@ PATIENCE_S = 300.0  # for a lost link to come back while a job runs
 
 class Lost(Exception):
     """The connection is gone, and says nothing of what runs there."""
+
+
+def waited(work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine answers; in a thread of its own where this one has a loop that runs, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as own:
+        return own.submit(asyncio.run, work).result()
 
 
 class Link:

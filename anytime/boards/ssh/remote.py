@@ -74,11 +74,13 @@ class Remote:
         # The status once more at the end: it may have come while the wrapper was looked for.
         said = await self.link.sh(
             f"cd {self.folder} 2>/dev/null || {{ echo absent; exit 0; }}; "
-            f"if [ -f rc ]; then cat rc; elif {self._alive}; then echo running; elif [ -f rc ]; then cat rc; else echo gone; fi; "
+            f"if [ -s rc ]; then cat rc; elif {self._alive}; then echo running; elif [ -s rc ]; then cat rc; else echo gone; fi; "
             "ls results 2>/dev/null; true"
         )
         state, *there = said.split()
-        return state, [name for name in there if name.endswith((".npz", ".error"))]
+        # Names become paths here, so only those of our own tasks are taken.
+        mine = {f"{task}{end}" for task in self.job.names for end in (".npz", ".error")}
+        return state, [name for name in there if name in mine]
 
     async def _push(self) -> None:
         import asyncssh
