@@ -109,8 +109,12 @@ def _scatter(axes: Axes, rows: pd.DataFrame, cost: str, scale: float, looks: tup
             top, lo, hi = (100 * part[name] for name in ("accuracy", "accuracy_lo", "accuracy_hi"))
             at, bars = part[cost] * scale, ((top - lo).clip(lower=0), (hi - top).clip(lower=0))
             axes.errorbar(at, top, bars, color=colour, ecolor=(colour, 0.3), marker=marker, mfc=fill, ms=5, ls=line, lw=1)
-    margin = max(1.0, 0.3 * (y.max() - y.min()))
-    axes.set_ylim(y.min() - margin, min(100.2, y.max() + margin))
+    # A few poor exits shall not press all that one may want into a line.
+    low = max(y.min(), y.max() - max(3.0, 4 * (y.max() - y.median())))
+    margin = max(1.0, 0.3 * (y.max() - low))
+    axes.set_ylim(low - margin, min(100.2, y.max() + margin))
+    if below := int((y < low - margin).sum()):
+        axes.text(0.99, 0.01, f"{below} points lie below", transform=axes.transAxes, ha="right", va="bottom", fontsize=7)
 
 
 def _decided(rows: pd.DataFrame) -> pd.DataFrame:
@@ -180,6 +184,7 @@ def arms(rows: pd.DataFrame) -> Figure:
             said = ", ".join(dict.fromkeys([*own["column"], *own["execution"]]))
             axes.set_title(said, fontsize=7)
             axes.set_xlabel("spent (share of the reference)")
+            axes.locator_params(axis="x", nbins=4)
         low, high = grid[i, 0].get_ylim()
         middle, half = (low + high) / 2, max(high - low, 1.0) / 2  # a hundredth of a point is no slope
         grid[i, 0].set_ylim(middle - half, min(100.2, middle + half))

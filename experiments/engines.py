@@ -5,7 +5,7 @@
 B-LeNet on MNIST, B-AlexNet and SDN ResNet-20 on CIFAR-10 and their static twins, in FP32 and in INT8, by torch, ONNX Runtime, OpenVINO and
 TFLite. Our INT8 (the same grids, whoever executes them) under ONNX Runtime and OpenVINO; TFLite's INT8 is its converter's own.
 
-It gave, batch 1, one thread of a 2-core EPYC: SDN ResNet-20 to its last exit 0.238 ms in TFLite's INT8, 0.358 in our INT8 under
+It gave, batch 1, one thread of a 2-core EPYC: SDN ResNet-20 to its last exit 0.238 ms in TFLite's INT8, 0.374 in our INT8 under
 the faster of ONNX Runtime and OpenVINO, 0.485 in the fastest FP32; TFLite's INT8 loses at most 0.41 points at any exit (upper
 95 % limit), ours at most 0.40.
 """

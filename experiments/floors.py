@@ -7,7 +7,7 @@ B-AlexNet on CIFAR-10, two training seeds, every policy with thresholds kept fro
 beside it for scale. Its second seed also says how far two trainings differ in accuracy.
 
 It gave, max-probability: another training of B-LeNet, asked for 0.5, moves the exit of 16.7 % of the samples, INT8 of 0.9 %; of
-B-AlexNet, asked for 0.75, of 23.9 %, INT8 of 1.3 %; another engine moves none.
+B-AlexNet, asked for 0.75, of 23.8 %, INT8 of 1.3 %; another engine moves none.
 """
 
 from anytime.backends.float import Float32

@@ -1,6 +1,6 @@
 """How many bits can a network with side branches lose, and what do the exits make of it?
 
-    make exp EXP=qat_branchynet        (48 minutes from nothing on 2 cores; its float networks lie in results/zoo)
+    make exp EXP=qat_branchynet        (46 minutes from nothing on 2 cores; its float networks lie in results/zoo)
 
 B-LeNet on MNIST and B-AlexNet on CIFAR-10 with their static twins, in FP32, FP32 trained on for the QAT's epochs,
 FP16, BF16, INT8 PTQ, INT8 QAT and INT4 QAT. Every network begins from the trained static one, as BranchyNet does

@@ -7,7 +7,7 @@ last one keep 8), scored in simulation; TFLite's own INT8 of the float network a
 forms, with our INT8 under ONNX Runtime and OpenVINO beside them in one table.
 
 It gave, at the last exit of B-LeNet: 99.42 % in FP32, 99.38 with 8 bits of QKeras (99.40 executed by TFLite), 99.12 with 4 and
-98.70 with 2; 0.047 ms a sample in TFLite's INT8, 0.078 in our INT8 under OpenVINO, 0.055 in the fastest FP32.
+98.70 with 2; 0.047 ms a sample in TFLite's INT8, 0.080 in our INT8 under OpenVINO, 0.055 in the fastest FP32.
 """
 
 from anytime.backends.float import Float32

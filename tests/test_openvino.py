@@ -18,6 +18,7 @@ from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.openvino import OpenVINO
 from anytime.backends.ort_quantizer import OrtQuantizer
 from anytime.backends.ptq import PTQ
+from anytime.backends.qat import QAT
 from anytime.backends.torch_compile import TorchCompile
 from anytime.dataset import Part
 from anytime.engine import OnnxRuntimeGraph, OpenVINOGraph
@@ -26,7 +27,7 @@ from anytime.model import AnytimeModel, Segment
 from anytime.onnx_net import OpenVINONet, written
 from anytime.quant import onnx_graph
 from anytime.quant.fake import FakeQuant
-from tests.worlds import data, trained
+from tests.worlds import data, trained, trainer
 
 pytestmark = pytest.mark.skipif(OpenVINO(of=Float32()).why_not() is not None, reason=str(OpenVINO(of=Float32()).why_not()))
 
@@ -88,6 +89,15 @@ def test_weights_of_seven_bits_saturate_on_no_cpu():
     assert (net.predict(X).argmax(-1) == twin.predict(X).argmax(-1)).mean() >= 0.98
     ours, exact = made(OnnxRuntime(of=seven)).predict(X), seven.compress(trained(), data().calib, None, "u8s8").predict(X)
     assert np.array_equal(ours.argmax(-1), exact.argmax(-1))
+
+
+def test_seven_bits_of_dorefa_use_eight_and_are_said_to_saturate(monkeypatch):
+    monkeypatch.setattr(cpu, "saturates", lambda: True)
+    dorefa, lsq = (
+        OpenVINO(of=QAT(weight_bits=7, edge_bits=7, epochs=1, learns=how)).compress(trained(), data().calib, trainer())
+        for how in ("dorefa", "lsq")
+    )
+    assert set(dorefa.bits.values()) == {(7, 8)} and "saturates" in dorefa.facts and "saturates" not in lsq.facts
 
 
 @pytest.mark.skipif(cpu.saturates(), reason="OpenVINO's INT8 saturates on a CPU without VNNI")

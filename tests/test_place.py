@@ -426,6 +426,16 @@ def test_settling_folds_exactly_and_keeps_the_integers(target, bits):
     assert torch.allclose(frozen, got, atol=1e-4 * float(want.abs().max()))
 
 
+def test_settling_folds_into_a_convolution_that_was_left_in_float_too():
+    net = quantized(tiny(), Widths(8, 8), "u8s8", exclusions=("stages.0.0",), fold_bn=False)
+    calibrated(net, torch.randn(8, 3, 16, 16))
+    x = torch.randn(4, 3, 16, 16)
+    was = net.model(x)
+    net.settle()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.model.modules())
+    assert torch.allclose(net.model(x), was, atol=1e-5)
+
+
 def test_a_turned_channel_keeps_the_lowest_integer():
     """A learned weight may stand on -4 of -4..3; a negative gamma makes 4 of it, which must not be cut to 3."""
     model = AnytimeModel([nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))], [nn.Flatten()])
@@ -554,6 +564,46 @@ def test_an_excluded_layer_is_a_float_one_among_the_others():
     kinds = {p: type(m) for p, m in net.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert kinds.pop("stages.1.0.a") is nn.Conv2d and set(kinds.values()) == {QConv2d, QLinear}
     assert rounded(net.model.stages[1]) == {f"_0_{name}" for name in ("relu", "b", "last")}  # what it makes is rounded as before
+
+
+def test_logits_stay_float_whatever_moves_them_on_their_way_out():
+    """SqueezeNet's head: the last convolution, pooled and flattened."""
+    head = nn.Sequential(nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = placed(nn.Conv2d(3, 4, 3), head, widths=Widths(4, 4))
+    assert rounded(net.model.heads[0]) == {"_0_0"}, "what the pooling reads"
+    calibrated(net, torch.randn(16, 3, 6, 6))
+    assert len(net.model(torch.randn(64, 3, 6, 6)).unique()) > 100
+
+
+def test_a_layer_left_in_float_reads_no_less_for_it_and_the_image_keeps_the_edge_s_bits():
+    def bits(net):
+        return {name: q.bits for name, q in ((q.name, q) for q in net.quantizers())}
+
+    left_out = ("stages.0.0", "heads.2.3")
+    every = bits(quantized(tiny(), Widths(4, 4), "u8s8"))
+    assert bits(quantized(tiny(), Widths(4, 4), "u8s8", left_out)) == every and 8 in every.values()
+    normed = placed(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), widths=Widths(4, 4))
+    assert next(b for name, b in bits(normed).items() if name.startswith("stages.0")) == 8
+
+
+def test_a_grid_of_several_tensors_has_no_moving_average_of_them_in_turn():
+    class Cat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return torch.cat([self.a(x), 0.1 * self.b(x)], 1)
+
+    torch.manual_seed(0)
+    x = torch.randn(256, 3, 4, 4)
+    grids = []
+    for observer in ("moving", "minmax"):
+        torch.manual_seed(1)
+        net = placed(Cat(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten()), "s8s8")
+        net.calibrate(net.observe(x), observer, "minmax")
+        grids.append({q.name: float(q.scale) for q in net.quantizers() if q.shared})
+    assert grids[0] == grids[1] and len(grids[0]) == 1
 
 
 # Observation ---------------------------------------------------------------------------------------------------

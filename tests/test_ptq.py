@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from anytime.backend import fake_quant_net
 from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.ptq import PTQ
 from anytime.dataset import Part
 from anytime.errors import Collapsed, Unsupported, UsageError
+from anytime.model import AnytimeModel
 from anytime.policies.confidence import MaxProb
 from anytime.quant.bias import reestimate_bn
 from anytime.quant.graph import prepared
@@ -118,3 +120,22 @@ def test_a_network_that_fell_to_chance_fails_and_names_the_layer():
     rounded = prepared(trained(), data().calib.x, PTQ(2, 2, edge_bits=2).widths, "u8s8", "minmax", "minmax")
     right = fake_quant_net(rounded, "u8s8").predict(data().test.x.numpy()).argmax(-1) == data().test.y.numpy()
     assert right.mean(1).min() < 0.4
+
+
+def test_batch_norm_of_features_is_measured_against_float_too():
+    """Its trained statistics are not those of the calibration images; at 8 bits rounding hardly moves them."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    model = AnytimeModel([nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())], [head]).eval()
+    model.heads[0][3].running_mean.fill_(0.3)
+    model.heads[0][3].running_var.fill_(0.5)
+    x = data().test.x[:64]
+    plain, measured = (PTQ(reestimate_bn=on).compress(model, data().calib, trainer()).twin(x) for on in (False, True))
+    off = [float((z - model(x)).abs().max() / model(x).abs().max()) for z in (plain, measured)]
+    assert max(off) < 0.05
+
+
+def test_tensors_of_other_widths_do_not_go_to_an_engine_of_eight_bits():
+    for bits in (4, 16):
+        with pytest.raises(Unsupported, match=f"ONNX Runtime keeps tensors in 8 bits, not in {bits}: leave out add_bits"):
+            OnnxRuntime(of=PTQ(add_bits=bits)).compress(trained(), data().calib, trainer())

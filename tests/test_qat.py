@@ -71,6 +71,17 @@ def test_a_teacher_is_imitated_and_not_trained(tmp_path):
     assert set(_Taught(model, model).state_dict()) == set(model.state_dict())
 
 
+def test_a_student_taught_under_osgd_learns_at_all_its_exits():
+    model = trained()
+    student = _Taught(model, model).train()
+    x = data().test.x[:4]
+    assert len(student.exits(x)) == 2 * model.n_exits and len(student.eval().exits(x)) == model.n_exits
+    taught = QAT(epochs=1, teach=0.5).compress(model, data().calib, trainer(orthogonal="vector")).twin
+    before = PTQ().compress(model, data().calib, None).twin.state_dict()
+    moved = {name for name, now in taught.state_dict().items() if name.endswith(".weight") and not torch.equal(now, before[name])}
+    assert all(any(name.startswith(f"heads.{k}.") for name in moved) for k in range(model.n_exits))
+
+
 def test_the_loss_from_a_teacher_by_hand():
     student, teacher = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     y = torch.tensor([0, 1, 2, 0, 1])

@@ -191,6 +191,15 @@ def test_of_a_large_tensor_every_eleventh_value_is_kept():
     assert np.array_equal(h.counts, torch.histc(x.flatten()[::11], BINS, h.low, h.high).numpy())
 
 
+def test_of_channels_that_eleven_divides_none_is_missed():
+    x = torch.ones(64, 88, 8, 8).contiguous(memory_format=torch.channels_last)
+    x[:, 5] = 100.0
+    h = Histogram(keep=True)
+    h.see_extremes(x)
+    h.count()
+    assert h.counts[-1] == pytest.approx(len(x) * 64 / 13, rel=0.02), "13th values"
+
+
 def reference_entropy_amax(counts, amax, levels):
     """TensorRT's published procedure as plain loops, KL by scipy."""
     bins = counts.astype(float).copy()

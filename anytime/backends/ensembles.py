@@ -90,8 +90,10 @@ class _Fused(AnytimeModel):
         super().__init__(members[0].stages, members[0].heads, members[0].restarts)  # what a loss asks for; the same weights
         self.members = nn.ModuleList(members)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([member(x) for member in self.members]).mean(0)
+    def exits(self, x: Tensor) -> list[Tensor]:
+        members: Any = self.members
+        said = zip(*(member.exits(x) for member in members), strict=True)
+        return [torch.stack(at_one).mean(0) for at_one in said]
 
 
 @dataclass(frozen=True)
@@ -137,15 +139,15 @@ class _Learner(AnytimeModel):
         self.shrinkage = shrinkage
         self._before = tuple(before)  # a tuple hides them from state_dict and from the optimizer
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits = super().forward(x)
+    def exits(self, x: Tensor) -> list[Tensor]:
+        logits = super().exits(x)
         if not self.training:
             return logits
         with torch.no_grad():
-            said = torch.zeros_like(logits)
-            for one in self._before:
-                said = said + self.shrinkage * one.to(x.device)(x)
-        return torch.cat([logits, said])
+            said = [torch.zeros_like(one) for one in logits]
+            for before in self._before:
+                said = [z + self.shrinkage * more for z, more in zip(said, before.to(x.device).exits(x), strict=True)]
+        return logits + said
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -92,8 +93,8 @@ class _Round(nn.Module):
         super().__init__()
         self.dtype = dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype).float()
+    def forward(self, x: Any) -> Any:
+        return x.to(self.dtype).float() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _rounded(model: AnytimeModel, dtype: torch.dtype) -> AnytimeModel:
@@ -102,12 +103,12 @@ def _rounded(model: AnytimeModel, dtype: torch.dtype) -> AnytimeModel:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.to(dtype).float())
-    for _, link in links(model):
+    for path, link in links(model):
         for node in list(link.graph.nodes):
             if node.op in ("output", "get_attr") or (node.op == "call_function" and node.target.__name__ == "getitem"):
                 continue
-            if node.op == "placeholder" and link is not model.stages[0]:
-                continue
+            if node.op == "placeholder" and not (link is model.stages[0] or (model.restarts and path.startswith("stages"))):
+                continue  # it was rounded where it was made
             _insert_after(link, node, _Round(dtype))
         link.recompile()
     return model

@@ -11,6 +11,7 @@ from anytime.dataset import Part
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
 from anytime.onnx_net import OnnxNet, written
+from anytime.quant.fake import check_tensors
 from anytime.quant.trace import traced
 from anytime.train import Trainer
 
@@ -45,6 +46,7 @@ class OnnxRuntime(Backend):
             raise Unsupported(
                 f"ONNX Runtime's CPU kernels here are FP32, W8A8 and W7A8, not {said}: score {self.of.label} without the engine"
             )
+        check_tensors(inner.twin, "ONNX Runtime")
         chain = inner.twin if inner.bits else traced(inner.twin)
         graph = partial(written, chain, tuple(calib.x.shape[1:]), channels_last=True)
         net = OnnxNet(inner.twin, inner.bits, graph, {k: v for k, v in inner.facts.items() if k != "simulated"})

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from anytime import cpu
 from anytime.backend import INT8_WIDTHS, Backend, Deployable, Target, TorchNet
@@ -21,6 +22,7 @@ from anytime.dataset import Part
 from anytime.errors import Unsupported, install
 from anytime.model import AnytimeModel
 from anytime.onnx_net import GraphNet, OpenVINONet, written
+from anytime.quant.fake import QuantizedLayer, check_tensors
 from anytime.quant.trace import links, traced
 from anytime.train import Trainer
 
@@ -56,7 +58,7 @@ class OpenVINO(Backend):
         facts = {k: v for k, v in inner.facts.items() if k != "simulated"}
         if not isinstance(inner, TorchNet | GraphNet):
             raise Unsupported(f"{self.of.label} brings its own engine ({inner.execution}): leave OpenVINO out")
-        if any(b.weight == 8 for b in inner.bits.values()) and cpu.saturates():
+        if cpu.saturates() and (any(b.weight == 8 for b in inner.bits.values()) or _widest(inner.twin) > 64):
             facts["saturates"] = "no VNNI on this CPU: two products are added in 16 bits and saturate; 7 bits of weights do not"
         if isinstance(inner, GraphNet):
             return OpenVINONet(inner.twin, inner.bits, inner.graph, facts)
@@ -68,6 +70,7 @@ class OpenVINO(Backend):
                 f"OpenVINO's CPU kernels are FP32, W8A8, W7A8 and, where the CPU multiplies it, BF16, not {said}: "
                 f"score {self.of.label} without the engine"
             )
+        check_tensors(inner.twin, "OpenVINO")
         twin = copy.deepcopy(inner.twin).float() if bf16 else inner.twin
         chain = twin if inner.bits and not bf16 else traced(twin)
         net = OpenVINONet(twin, inner.bits, partial(written, chain, tuple(calib.x.shape[1:])), facts)
@@ -77,6 +80,11 @@ class OpenVINO(Backend):
         elif net.bits and any(node.target is torch.cat for _, link in links(chain) for node in link.graph.nodes):
             _compile_apart(net)
         return net
+
+
+def _widest(twin: nn.Module) -> float:
+    """The largest integer of a weight: DoReFa's of 7 bits go beyond 64 too."""
+    return max((float(m.integers().abs().max()) for m in twin.modules() if isinstance(m, QuantizedLayer)), default=0.0)
 
 
 def _compile_apart(net: OpenVINONet) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anytime.backend import Deployable, IntegerBackend, Target, fake_quant_net
 from anytime.dataset import Part
@@ -71,7 +72,7 @@ class PTQ(IntegerBackend):
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         chain = traced(model, fold_bn=not self.reestimate_bn)
-        if self.reestimate_bn and not any(isinstance(m, nn.BatchNorm2d) for m in chain.modules()):
+        if self.reestimate_bn and not any(isinstance(m, _BatchNorm) for m in chain.modules()):
             raise Unsupported("PTQ: this network has no BatchNorm to measure anew; leave reestimate_bn out")
         facts = {}
         if self.equalize:
@@ -103,7 +104,7 @@ def _match_bn(net: AnytimeModel, chain: AnytimeModel, x: Tensor) -> None:
     floats = copy.deepcopy(chain)
     reestimate_bn(floats, x)
     reestimate_bn(net, x)
-    norms: list[list[Any]] = [[m for m in c.modules() if isinstance(m, nn.BatchNorm2d)] for c in (net, chain, floats)]
+    norms: list[list[Any]] = [[m for m in c.modules() if isinstance(m, _BatchNorm)] for c in (net, chain, floats)]
     for bn, trained, now in zip(*norms, strict=True):
         wider = ((bn.running_var + bn.eps) / (now.running_var + bn.eps)).sqrt()
         bn.running_mean += wider * (trained.running_mean - now.running_mean)

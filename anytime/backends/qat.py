@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anytime.backend import Deployable, IntegerBackend, Target, fake_quant_net
 from anytime.dataset import Part
@@ -79,7 +80,7 @@ class QAT(IntegerBackend):
     def _freeze(self, model: AnytimeModel, done: float) -> None:
         if done >= self.freeze_bn:
             for m in model.modules():
-                if isinstance(m, nn.BatchNorm2d):
+                if isinstance(m, _BatchNorm):
                     m.eval()
 
 
@@ -94,10 +95,9 @@ class _Taught(AnytimeModel):
         self.trained_on = student.trained_on
         self._teacher = (copy.deepcopy(teacher).eval(),)  # a tuple hides it from state_dict and from the optimizer
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits = super().forward(x)
-        if not self.training:
-            return logits
-        with torch.no_grad():
-            taught = self._teacher[0].to(x.device)(x)
-        return torch.cat([logits, taught])
+    def exits(self, x: Tensor) -> list[Tensor]:
+        logits = super().exits(x)
+        if self.training:
+            with torch.no_grad():
+                logits += self._teacher[0].to(x.device).exits(x)
+        return logits

@@ -21,7 +21,7 @@ from anytime.metrics import Floats
 from anytime.model import AnytimeModel
 from anytime.onnx_net import OnnxNet
 from anytime.peer import Calibration
-from anytime.quant.fake import QuantizedLayer
+from anytime.quant.fake import QuantizedLayer, check_tensors
 from anytime.quant.graph import Widths, prepared
 from anytime.quant.onnx_graph import OnnxChain
 from anytime.quant.place import tensorrt_exclusions
@@ -118,6 +118,7 @@ class TensorRT(Backend):
             raise Unsupported(
                 f"TensorRT multiplies 8-bit integers, not {', '.join(odd)}: score {self.of.label} without the engine"
             )
+        check_tensors(inner.twin, "TensorRT")
         integers, wanted = inner.execution == "fake-quant", self.precision
         if integers and (self.calibrator or wanted not in ("", "int8")):
             asked = f"calibrator={self.calibrator!r}" if self.calibrator else f"precision={wanted!r}"

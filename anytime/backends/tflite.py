@@ -18,7 +18,7 @@ from anytime.errors import Unsupported
 from anytime.keras_chain import KerasChain
 from anytime.keras_layers import channels_last
 from anytime.model import AnytimeModel
-from anytime.quant.fake import FakeQuant
+from anytime.quant.fake import FakeQuant, check_tensors
 from anytime.quant.onnx_graph import OnnxChain
 from anytime.quant.ranges import affine
 from anytime.quant.trace import traced
@@ -63,6 +63,7 @@ class TFLite(Backend):
                 f"TFLite's integer kernels here are W8A8 and its other forms begin from FP32: not form={self.form!r} of {said}; "
                 f"score {self.of.label} without the engine"
             )
+        check_tensors(inner.twin, "TFLite")
         chain = inner.twin if inner.bits else traced(inner.twin)
         about = {"library": f"TensorFlow {version('tensorflow')}", "form": self.form}
         if not inner.bits and self.form in ("int8", "dynamic"):

@@ -104,6 +104,7 @@ class FakeQuant(nn.Module):
         self.resize(bits)
         self.register_buffer("scale", torch.tensor(float("nan")))  # NaN until calibrated
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.shared = False  # by several tensors
         self.mode: Literal["off", "extremes", "values", "on"] = "off"
         self.seen: Histogram | None = None
         self.learner: ActivationLearner | None = None
@@ -202,6 +203,14 @@ class QuantizedLayer(nn.Module):
     def integers(self) -> Tensor:
         """The weight as integers in [weight_qmin, weight_qmax], float dtype, same shape."""
         return (self.weight / per_channel(self.weight_scale, self.weight)).round().clamp(self.weight_qmin, self.weight_qmax)
+
+
+def check_tensors(model: nn.Module, engine: str) -> None:
+    """Unsupported where a tensor between layers is kept in other than 8 bits, which no integer kernel here reads."""
+    if odd := sorted({q.bits for q in model.modules() if isinstance(q, FakeQuant)} - {8}):
+        raise Unsupported(
+            f"{engine} keeps tensors in 8 bits, not in {', '.join(map(str, odd))}: leave out add_bits, or score without the engine"
+        )
 
 
 def per_channel(values: Tensor, weight: Tensor) -> Tensor:

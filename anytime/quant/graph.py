@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
@@ -88,7 +89,9 @@ class Quantized:
             for q in self.quantizers():
                 if q.name not in seen:
                     raise Unsupported(f"calibration saw no tensor {q.name}: it is of another network; observe this one")
-                q.set(activation_grid(seen[q.name], observer, q.bits, q.signed))
+                # An average over tensors that take turns would be the range of none of them.
+                own: Observer = "minmax" if q.shared and observer == "moving" else observer
+                q.set(activation_grid(seen[q.name], own, q.bits, q.signed))
             for _, layer in self.layers():
                 layer.on = True
                 layer.weight_scale.copy_(weight_scales(layer.weight, layer.weight_bits, weight_observer))
@@ -102,9 +105,9 @@ class Quantized:
             )
 
     def settle(self) -> None:
-        """Take over what learners have learned, then fold every BatchNorm into the rounded convolution before it.
+        """Take over what learners have learned, then fold every BatchNorm into the convolution before it.
 
-        Exact: a channel's factor goes into its scale, the integers stay as they are (their sign may turn).
+        Exact: a rounded channel's factor goes into its scale, the integers stay as they are (their sign may turn).
         """
         for m in (*self.quantizers(), *(layer for _, layer in self.layers())):
             m.settle()
@@ -112,9 +115,14 @@ class Quantized:
             for node in list(link.graph.nodes):
                 source, bn = conv_before(link, node), module_of(link, node)
                 conv = module_of(link, source)
-                if isinstance(conv, QConv2d) and isinstance(bn, nn.BatchNorm2d):
+                if not (isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)):
+                    continue
+                if isinstance(conv, QConv2d):
                     _fold(conv, bn)
-                    drop_node(link, node, node.args[0])
+                else:  # left in float
+                    assert source is not None
+                    link.set_submodule(str(source.target), fuse_conv_bn_eval(conv.eval(), bn.eval()))
+                drop_node(link, node, node.args[0])
             tidy(link)
 
     def freeze(self, round_bias: bool) -> AnytimeModel:

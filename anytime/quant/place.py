@@ -81,6 +81,7 @@ class Placement:
         self.widths, self.target, self.exclusions = widths, target, exclusions
         self.sources: dict[str, FakeQuant] = {}
         self._wishes: dict[FakeQuant, list[int]] = {}  # bits that the readers of a tensor want
+        self._images: set[FakeQuant] = set()
         self._tied: list[list[FakeQuant]] = []
         self._reads: list[tuple[fx.GraphModule, fx.Node, str, int]] = []  # every layer: its link, node, path, wanted bits
         state: Any = None  # quantizer of the state, or a tuple of them; None: the input, not yet rounded
@@ -100,6 +101,10 @@ class Placement:
         held: dict[fx.Node, Any] = {}
         numbers: set[fx.Node] = set()
         outputs = output_nodes(g.graph)
+        if head:  # the logits, whatever moves them on their way out
+            for node in reversed(list(g.graph.nodes)):
+                if node in outputs and passes(g, node) and len(node.all_input_nodes[0].users) == 1:
+                    outputs.add(node.all_input_nodes[0])
 
         def put_after(node: fx.Node) -> None:
             q = FakeQuant(8, self.target == "s8s8", f"{path}:{node.name}")
@@ -116,6 +121,7 @@ class Placement:
                 held[node] = state
                 if state is None:
                     put_after(node)
+                    self._images.add(held[node])
             elif node.op == "get_attr" or asks_shape(node) or (node.all_input_nodes and numbers.issuperset(node.all_input_nodes)):
                 held[node] = None
                 if node.op != "get_attr":
@@ -145,8 +151,8 @@ class Placement:
         """Note what a node wants of the tensors that it reads; replace a conv or linear by its quantized form."""
         full, layer = f"{path}.{node.target}", module_of(g, node)
         source = held.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
+        bits = self.widths.of(full, full in edges)
         if isinstance(layer, nn.Conv2d | nn.Linear) and full not in self.exclusions:
-            bits = self.widths.of(full, full in edges)
             if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
                 g.set_submodule(str(node.target), QConv2d(layer, bits.weight))
             elif type(layer) is nn.Linear:
@@ -158,9 +164,11 @@ class Placement:
                 self._wishes[source].append(bits.activation)
                 self._reads.append((g, node, full, bits.activation))
         else:
-            for n in node.all_input_nodes:
-                if isinstance(held.get(n), FakeQuant):
-                    self._wishes[held[n]].append(self.widths.add or self.widths.activation)
+            left_out = isinstance(layer, nn.Conv2d | nn.Linear)  # it shall not read less for being left in float
+            for q in (held.get(n) for n in node.all_input_nodes):
+                if isinstance(q, FakeQuant):
+                    other = max(self.widths.add or self.widths.activation, self.widths.edge if q in self._images else 0)
+                    self._wishes[q].append(bits.activation if left_out else other)
 
     def _stays_float(self, g: fx.GraphModule, node: fx.Node, outputs: set[fx.Node], head: bool) -> bool:
         """Whether what this node makes is fused into what reads it, or is the logits."""
@@ -197,6 +205,7 @@ class Placement:
                     instead[root(q)] = root(group[0])
         for q in instead:
             self._wishes[root(q)] += self._wishes[q]
+            root(q).shared = True
         for _, g in links(model):
             for name, m in list(g.named_modules(remove_duplicate=False)):
                 if m in instead:

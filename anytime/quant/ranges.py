@@ -101,9 +101,10 @@ def _in_memory_order(x: Tensor) -> Tensor:
 
 
 def _thinned(x: Tensor) -> Tensor:
-    """Flat; of a large tensor every 11th value, which no layout repeats with."""
-    x = _in_memory_order(x).reshape(-1)
-    return x[::11] if len(x) > MANY else x
+    """Flat; of a large tensor every 11th value, or another prime that does not divide the channels: it would always meet the same."""
+    x = _in_memory_order(x)
+    step = next((prime for prime in (11, 13, 17, 19) if x.shape[-1] % prime), 1)
+    return x.reshape(-1)[::step] if x.numel() > MANY else x.reshape(-1)
 
 
 def _binned(x: Tensor, low: float, high: float) -> Floats:

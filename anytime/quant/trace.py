@@ -52,7 +52,8 @@ def traced(model: AnytimeModel, fold_bn: bool = True) -> AnytimeModel:
 
     No two calls share weights in it, in one link or in two: each is folded and rounded by itself, on the grid of what it
     reads. A layer's second call is a layer "conv_again" of its own, which training (QAT) moves apart from the first.
-    Nothing works in place, so that what is kept of a tensor stays as it was; Unsupported where that would change the result.
+    Nothing works in place, so that what is kept of a tensor stays as it was; Unsupported where that would change the result, but for
+    a += b on a tensor that is kept, which torch.fx itself writes as a + b and nobody sees (``Attached`` compares the logits).
     """
     model = copy.deepcopy(model).eval()
     for path, chain in (("stages", model.stages), ("heads", model.heads)):
