@@ -2,7 +2,8 @@
 
     python benchmarks/qat.py [rounds] [threads]
 
-fp32 and channels_last everywhere, BatchNorm folded before in every quantized form. All of them take turns, one step each a
+fp32 and channels_last everywhere. BatchNorm is folded before in ours, and with "BN" stays behind its convolution and is trained, as
+in float and in the peers. All of them take turns, one step each a
 round; medians, and their ratios to the float step of the same run. torch.ao's FX form and torchao's PT2E, the field's
 own, stand beside ours where they are installed.
 """
@@ -22,8 +23,8 @@ from anytime.quant.graph import Widths, prepared
 from anytime.quant.learned import learn
 
 
-def ours(model, x, learns):
-    net = prepared(model, x, Widths(4, 4), "u8s8", "mse", "mse")
+def ours(model, x, learns, fold_bn=True):
+    net = prepared(model, x, Widths(4, 4), "u8s8", "mse", "mse", fold_bn=fold_bn)
     learn(net, learns)
     return net.model
 
@@ -64,6 +65,8 @@ def main() -> None:
         "float": lambda m: m,
         "STE": lambda m: ours(m, x, "ste"),
         "LSQ": lambda m: ours(m, x, "lsq"),
+        "STE, BN": lambda m: ours(m, x, "ste", False),
+        "LSQ, BN": lambda m: ours(m, x, "lsq", False),
         "PACT": lambda m: ours(m, x, "pact"),
         "DoReFa": lambda m: ours(m, x, "dorefa"),
         "torch.ao FX": lambda m: torch_ao(m, x),

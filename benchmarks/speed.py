@@ -39,7 +39,7 @@ from anytime.backends.ort_quantizer import OrtQuantizer
 from anytime.backends.ptq import PTQ
 from anytime.backends.torch_compile import TorchCompile
 from anytime.board import Replayed
-from anytime.boards.host import Host
+from anytime.boards.host import AT_ONCE, Host
 from anytime.cost import Cost, account
 from anytime.dataset import Data, DatasetSpec, Part
 from anytime.datasets.cifar import CIFAR10
@@ -64,6 +64,7 @@ from anytime.weights import load_weights
 
 ZOO = Path(__file__).resolve().parent.parent / "results" / "zoo"
 GEMM = 2048  # side of the matrices whose product is the machine's INT8 peak
+READINGS = 8  # of batches, in a launch
 Jobs = Mapping[str, tuple[Deployable, Policy]]
 
 
@@ -214,7 +215,7 @@ class Run:
             ratio = self.ms(slowest) / self.ms(name)
             print(
                 f"  {name:32} {self.ms(name, False):9.4f} {self.ms(name, True):9.4f} {ratio:24.2f}   "
-                f"{r.facts['first_answer_ms']:>8} {r.facts['memory_mb']:>7}   {accuracies.get(name, '')}"
+                f"{r.facts.get('first_answer_ms', ''):>8} {r.facts.get('memory_mb', ''):>7}   {accuracies.get(name, '')}"
             )
             if name in offline and (other := int((r.answers != offline[name][: len(r.answers)]).sum())):
                 print(f"  {'':32} executed, it answered {other} of these samples otherwise than all at once")
@@ -332,7 +333,7 @@ def residual(args: argparse.Namespace, bars: Bars) -> dict[str, GraphNet]:
     cost = account(sdn["ORT INT8"], parts.input_shape)
     e = cost.stage.macs.size
     for batch, least_eager, least_efficiency in ((1, 16, 0.65), (64, 7, 0.75)):
-        n = args.samples if batch == 1 else max(512, batch * (args.samples // batch))
+        n = args.samples if batch == 1 else READINGS * AT_ONCE * batch
         run = Run(Host(launches=args.launches, batch=batch, warmup=10 if batch == 1 else 2), jobs, x[:n])
         run.show(words, offline)
         show_stages(Host(launches=1, batch=batch), {n: net for n, net in sdn.items() if n.endswith("INT8")}, cost, x[:n])
@@ -373,7 +374,7 @@ def residual(args: argparse.Namespace, bars: Bars) -> dict[str, GraphNet]:
         names = ("ORT INT8", "OV INT8")
         for threads in (1, 2):
             jobs = {"gemm": (Gemm(), last)} | {n: (static[n], last) for n in names}
-            run = Run(Host(launches=args.launches, batch=64, threads=threads, warmup=2), jobs, x[:512])
+            run = Run(Host(launches=args.launches, batch=64, threads=threads, warmup=2), jobs, x[: READINGS * AT_ONCE * 64])
             run.show({}, {})
             peak = 2 * GEMM**3 / run.ms("gemm") / 64
             macs = account(static["ORT INT8"], parts.input_shape).path((0,), 0)
@@ -466,9 +467,9 @@ def linear(bars: Bars) -> None:
     counts = (1, 4, 16, 64, 256, 1024, 4096)
     net = exits(3)
     print("\nCost against work, ms CPU")
-    by_samples = [interleaved({"": lambda n=n: net.predict(x[:n], batch=64)}, max(2, 64 // n), 2)[""] for n in counts]  # type: ignore[misc]
-    print("  samples:", {n: round(t, 3) for n, t in zip(counts, by_samples, strict=True)})
-    slope = np.polyfit(np.log(counts[3:]), np.log(by_samples[3:]), 1)[0]
+    by_samples = interleaved({str(n): (lambda n=n: net.predict(x[:n], batch=64)) for n in counts}, 4, 2)  # type: ignore[misc]
+    print("  samples:", {n: round(t, 3) for n, t in by_samples.items()})
+    slope = np.polyfit(np.log(counts[3:]), np.log([by_samples[str(n)] for n in counts[3:]]), 1)[0]
     bars.at_most("64 to 4,096 samples: exponent of the cost", float(slope), 1.05)
     nets = {str(n): exits(n) for n in range(1, 11)}
     by_exits = interleaved({n: (lambda net=net: net.predict(x[:64], batch=64)) for n, net in nets.items()}, 8, 2)  # type: ignore[misc]

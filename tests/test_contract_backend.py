@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass, fields
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,12 @@ def keepers():
         for cls in vars(importlib.import_module(info.name)).values():
             if isinstance(cls, type) and issubclass(cls, Backend) and cls.__module__ == info.name:
                 yield cls
+
+
+def test_the_walk_finds_the_keepers():
+    assert {"PTQ", "QAT", "MixedPrecision", "OnnxRuntime", "OpenVINO", "NNCF", "TorchAO", "QKeras", "TFLite", "Stack"} <= {
+        cls.__name__ for cls in keepers()
+    }
 
 
 # What OpenVINO computes truly on this CPU.
@@ -95,9 +102,27 @@ class Negated(TorchNet):
 
 
 class BatchDependent(TorchNet):
-    def step(self, segment, state):
-        state, z = super().step(segment, state)
-        return state, None if z is None else z - z.mean(0)
+    """Right in large batches, so that only smaller ones show it."""
+
+    def predict(self, x, batch=256):
+        return super().predict(x, batch) * (1 if batch > 7 else -1)
+
+
+class OtherPlan(TorchNet):
+    def start(self, x):
+        return super().start(x if len(x) != 5 else -x)
+
+
+class Moody(TorchNet):
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.twin = copy.deepcopy(self.twin)
+        torch.nn.init.zeros_(next(iter(self.twin.heads[0].parameters())))
+
+
+class Doubles(TorchNet):
+    def predict(self, x, batch=256):
+        return super().predict(x, batch).astype(np.float64)
 
 
 class Thin(TorchNet):
@@ -124,7 +149,10 @@ class Makes(Backend):
             return TorchNet(twin, {}, simulated=True)
         if self.what == "odd bits":
             return TorchNet(twin, {"stages.9.9": Bits(8, 8)}, False)
-        kind = {"negated": Negated, "batch": BatchDependent, "thin": Thin, "unsaved": SavesNothing}.get(self.what, TorchNet)
+        kind = {
+            "negated": Negated, "batch": BatchDependent, "thin": Thin, "unsaved": SavesNothing, "other plan": OtherPlan,
+            "moody": Moody, "doubles": Doubles,
+        }.get(self.what, TorchNet)  # fmt: skip
         return kind(twin, {}, False)
 
 
@@ -133,7 +161,10 @@ class Makes(Backend):
     [
         (EatsItsInput(), "changed its input"),
         (Makes("negated"), "disagree"),
-        (Makes("batch"), "disagree|depend on batch size"),
+        (Makes("batch"), "depend on batch size"),
+        (Makes("other plan"), "a plan gives other answers"),
+        (Makes("moody"), "when another process gets it"),
+        (Makes("doubles"), "float32"),
         (Makes("thin"), r"\[E, N, K\]"),
         (Makes("odd bits"), "do not exist"),
         (Makes("forgets"), "forgot what it was trained on"),

@@ -18,6 +18,7 @@ from anytime.board import Board, Replayed, Timing
 from anytime.boards.host import Host
 from anytime.boards.ssh import Ssh
 from anytime.errors import AnytimeError
+from anytime.execute import Executor
 from anytime.metrics import Floats
 from anytime.policy import Policy
 from tests.contracts.board import check
@@ -31,6 +32,10 @@ def keepers() -> Iterator[type[Board]]:
         for _, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             if issubclass(cls, Board) and cls.__module__ == module.name and not inspect.isabstract(cls):
                 yield cls
+
+
+def test_the_walk_finds_the_keepers() -> None:
+    assert {Host, Ssh} <= set(keepers())
 
 
 @pytest.mark.parametrize("cls", [cls for cls in keepers() if cls not in ELSEWHERE])
@@ -78,10 +83,13 @@ class Bench(Board):
         return [self._run(net, policy, x) for net, policy in jobs]
 
     def _run(self, net: Deployable, policy: Policy, x: Floats) -> Replayed:
-        logits = net.predict(x, batch=1)
-        exits = policy.exits(logits)
-        ms = np.ones((1, len(x)))
-        return Replayed(exits, policy.answer(logits, exits).argmax(-1), ms, ms, self.facts())
+        execute, ms, said = Executor(net, policy, 1), np.zeros((2, 1, len(x))), []
+        for r in range(len(x)):
+            wall, spent = perf_counter_ns(), process_time_ns()
+            said.append(execute.one(x[r : r + 1]))
+            ms[:, 0, r] = 1e-6 * (perf_counter_ns() - wall), 1e-6 * (process_time_ns() - spent)
+        exits, answers = (np.array(each) for each in zip(*((k, z.argmax()) for k, z in said), strict=True))
+        return Replayed(exits, answers, ms[0], ms[1], self.facts())
 
 
 class TakesSimulated(Bench):
@@ -185,6 +193,42 @@ class ReplaysMeans(Bench):
         return replace(super()._run(net, policy, x), wall_ms=np.ones(len(x)))
 
 
+class SwapsReplayedClocks(Bench):
+    """Wall times that hold the naps all the same."""
+
+    def _run(self, net: Deployable, policy: Policy, x: Floats) -> Replayed:
+        replay = super()._run(net, policy, x)
+        return replace(replay, cpu_ms=2 * replay.wall_ms)
+
+
+class ReplaysInSeconds(Bench):
+    def _run(self, net: Deployable, policy: Policy, x: Floats) -> Replayed:
+        replay = super()._run(net, policy, x)
+        return replace(replay, wall_ms=1e-3 * replay.wall_ms, cpu_ms=1e-3 * replay.cpu_ms)
+
+
+class ReplaysNegativeCPU(Bench):
+    def _run(self, net: Deployable, policy: Policy, x: Floats) -> Replayed:
+        replay = super()._run(net, policy, x)
+        return replace(replay, cpu_ms=-1 - replay.cpu_ms)
+
+
+class ReplaysOne(Bench):
+    def run(self, jobs: Sequence[tuple[Deployable, Policy]], x: Floats) -> list[Replayed]:
+        return super().run(jobs, x)[:1]
+
+
+class ReplaysWithoutAWord(Bench):
+    def _run(self, net: Deployable, policy: Policy, x: Floats) -> Replayed:
+        return replace(super()._run(net, policy, x), facts={})
+
+
+class HasNoName(Bench):
+    @property
+    def name(self) -> str:
+        return ""
+
+
 SABOTEURS = {
     TakesSimulated: "takes a simulated network",
     TimesSimulated: "times a simulated network",
@@ -204,6 +248,12 @@ SABOTEURS = {
     ForgetsThePolicysAnswer: "the replay answers",
     ReplaysInNoTime: "a replayed wall time is zero",
     ReplaysMeans: r"replayed times are not \[L, R\]",
+    SwapsReplayedClocks: "a replay that sleeps spends as much CPU",
+    ReplaysInSeconds: "a replay took less than its stages sleep",
+    ReplaysNegativeCPU: "a replayed CPU time is negative",
+    ReplaysOne: "there is not one replay per job",
+    ReplaysWithoutAWord: "a replay states no facts",
+    HasNoName: "the board has no name",
 }
 
 

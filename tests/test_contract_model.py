@@ -37,6 +37,12 @@ def shape_of(spec):
     raise AssertionError(f"{spec.label} takes none of the shapes {SHAPES}: add its own")
 
 
+def test_the_walk_finds_the_keepers():
+    assert {"BLeNet", "SDN", "IResNeXt", "SparseResNet", "MSDNet", "Attached", "Static"} <= {
+        type(spec).__name__ for spec in keepers()
+    }
+
+
 @pytest.mark.parametrize("spec", list(keepers()), ids=lambda s: s.label)
 def test_model(spec):
     model_keeps_its_promise(spec, shape_of(spec))
@@ -56,6 +62,11 @@ class Unused(nn.Linear):
     def __init__(self):
         super().__init__(8, 10)
         self.more = nn.Parameter(torch.zeros(1))
+
+
+class Other(AnytimeModel):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,14 @@ class Makes(ModelSpec):
             model.heads[0][2] = Unused()
         if self.what == "seen":
             model.trained_on = frozenset({"x"})
+        if self.what == "head in place":
+            model.heads[0].insert(0, InPlace())
+        if self.what == "infinite":
+            torch.nn.init.constant_(model.heads[0][2].bias, float("inf"))
+        if self.what == "one class":
+            model = Tiny().build((3, 16, 16), 1)
+        if self.what == "other head":
+            model.__class__ = Other
         if self.what == "free":
             model.stages[2] = nn.Identity()
             model.heads[2] = model.heads[1]
@@ -99,6 +118,11 @@ class Makes(ModelSpec):
         ("unused", "no exit uses"),
         ("seen", "has seen nothing"),
         ("any shape", "not in a sentence"),
+        ("free", "costs no more"),
+        ("other head", "is not what forward runs"),
+        ("head in place", "head 0 changes the state"),
+        ("infinite", "logits are not finite"),
+        ("one class", r"forward must be \[E, B, K\]"),
     ],
 )
 def test_the_contract_catches(what, said):

@@ -28,6 +28,7 @@ from anytime.errors import AnytimeError, UsageError
 from anytime.metrics import Floats
 from anytime.policies.fixed import Fixed
 from anytime.policy import Policy
+from anytime.scoring import percentiles, timing_rows
 from anytime.workshop import Workshop
 from tests.contracts.board import K, N, Sure, chain, network, onnx, samples, simulated, sure
 
@@ -408,6 +409,32 @@ def test_a_replay_runs_what_its_policy_reads_and_no_more(
     assert net.calls == ["start", *plan]
 
 
+def test_a_batch_s_time_is_shared_by_its_samples(clock: Clock) -> None:
+    class Several(Ticking):
+        def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
+            state, logits = super().step(segment, state)
+            return state, None if logits is None else np.repeat(logits, 4, axis=0)
+
+    rows = stopwatch._Batches(Several(clock), Fixed(1), 4).go(X[:4])
+    assert rows == [[5 * 1037 // 4, 2 * 1037 // 4, 1, 1]] * 4
+
+
+def test_what_others_took_of_the_cpu_is_counted_around_all_runs(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Idle:
+        def go(self, sample: Floats) -> list[list[int]]:
+            clock.spend(100, 30)
+            return [[0]]
+
+    stalled = iter((1000, 1250))
+    monkeypatch.setattr(cpu, "stalled_us", lambda: next(stalled))
+    monkeypatch.setattr(stopwatch, "_stopwatch_ns", lambda: (5, 50))
+    beats: list[int] = []
+    report = stopwatch._interleave([Idle(), Idle()], [X[:1]] * 10, 2, lambda: beats.append(1))  # type: ignore[list-item]
+    runs = 2 * (10 + 2 * stopwatch.REFRESH)  # two turns, each after untimed runs; the warm-up lies before the clocks
+    assert (report["wall_ns"], report["cpu_ns"], report["stalled_us"]) == (100 * runs, 30 * runs, 250)
+    assert report["stopwatch_ns"] == (5, 50) and len(beats) == 2 * (2 + 10), "it says that it lives after each run that counts"
+
+
 def test_exit_tests_and_the_answer_are_part_of_a_replay(clock: Clock) -> None:
     class Slow(Sure):
         def stop(self, logits: Floats) -> Any:
@@ -486,6 +513,29 @@ def test_launches_follow_each_other_in_the_sample_axis(monkeypatch: pytest.Monke
     assert timing.stage_ms[0].tolist() == pytest.approx([1e-6] * N + [2e-6] * N + [3e-6] * N)
 
 
+def test_replayed_times_are_in_ms_wall_and_cpu_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, lambda launch, net: [4_000_000 * launch, 3_000_000 * launch, 0, 2])
+    (replay,) = Host(launches=2).run([(network(1), Fixed(0))], X)
+    assert replay.wall_ms.tolist() == [[4.0] * N, [8.0] * N] and replay.cpu_ms.tolist() == [[3.0] * N, [6.0] * N]
+    assert set(replay.answers) == {2}
+
+
+def test_rows_of_a_timing_by_hand() -> None:
+    stage, head = np.array([[1.0, 1.0, 4.0], [2.0, 2.0, 8.0]]), np.array([[0.5, 0.5, 0.5], [0.25, 0.25, 0.25]])
+    first, last = timing_rows(Timing(stage, head, stage / 2, head / 2, 1, {}))
+    assert (first["latency_ms_p50"], first["latency_ms_mean"], first["cpu_ms"]) == (1.5, 2.5, 1.25)
+    assert (last["latency_ms_p50"], last["latency_ms_mean"], last["cpu_ms"]) == (3.75, pytest.approx(6.75), pytest.approx(3.375))
+    assert (last["stage_ms_p50"], last["head_ms_p50"], last["own_latency_ms_p50"]) == (2.0, 0.25, 3.25)
+
+
+def test_a_percentile_wants_samples_enough() -> None:
+    ms = np.arange(1.0, 102.0)
+    assert percentiles(ms) == {"latency_ms_p50": 51.0, "latency_ms_p90": 91.0, "latency_ms_p99": None}
+    assert percentiles(ms[:63])["latency_ms_p90"] is None and percentiles(ms[:64])["latency_ms_p90"] is not None
+    many = np.tile(np.arange(1.0, 102.0), 7)
+    assert percentiles(many[:662])["latency_ms_p99"] == 100.0 and percentiles(many[:661])["latency_ms_p99"] is None
+
+
 @pytest.mark.parametrize("moving", [2, 3])
 def test_exits_and_answers_must_not_differ_between_launches(monkeypatch: pytest.MonkeyPatch, moving: int) -> None:
     launched(monkeypatch, lambda launch, net: [10, 9, *(int(i == moving and launch == 2) for i in (2, 3))])
@@ -504,6 +554,22 @@ def test_refuses_simulated_networks() -> None:
 
 def needing(*flags: str) -> TorchNet:
     return TorchNet(chain(2), {}, simulated=False, needs=flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "saturates"),
+    [
+        ("sse2 avx2", True),
+        ("sse2 avx2 avx_vnni", False),
+        ("sse2 avx512_vnni", False),
+        ("sse2 amx_int8", False),
+        ("asimd", False),
+        ("", False),
+    ],
+)
+def test_an_x86_without_vnni_saturates(monkeypatch: pytest.MonkeyPatch, flags: str, saturates: bool) -> None:
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset(flags.split()))
+    assert cpu.saturates() is saturates
 
 
 def test_refuses_kernels_that_the_cpu_has_not(monkeypatch: pytest.MonkeyPatch) -> None:

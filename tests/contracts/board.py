@@ -123,6 +123,9 @@ def check(board: Board, make: Callable[[int], Deployable] = network, naps: bool 
     assert len(replays) == 2, "there is not one replay per job"
     for (net, policy), replay in zip(jobs, replays, strict=True):
         _replay(net, policy, x, replay)
+    if naps:
+        (napping,) = board.run([(nets[2], sure(network(2), x, (0, 1)))], x)
+        _replayed_clocks(napping)
 
 
 def _facts(facts: dict[str, str], whose: str) -> None:
@@ -158,6 +161,14 @@ def _clocks(napping: Timing) -> None:
     assert cpu < wall, f"stages that sleep spend {cpu:.1f} ms of CPU in {wall:.1f} ms: the clocks are swapped, or are one"
     assert (napping.stage_ms >= 1e3 * NAP_S).all(), (
         "a stage took less than it sleeps: stage and head are swapped, or it was not run"
+    )
+
+
+def _replayed_clocks(napping: Replayed) -> None:
+    naps = 1e3 * NAP_S * (1 + napping.exits)
+    assert (napping.wall_ms >= naps).all(), "a replay took less than its stages sleep: it was not run, or is not in ms"
+    assert napping.cpu_ms.sum() < napping.wall_ms.sum(), (
+        "a replay that sleeps spends as much CPU: the clocks are swapped, or are one"
     )
 
 
