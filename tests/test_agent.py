@@ -1,6 +1,8 @@
 """The board's agent: plain Python 3.6, the same answers under every interpreter and engine of a JetPack, and nothing lost."""
 
 import ast
+import gc
+import importlib
 import json
 import os
 import signal
@@ -138,6 +140,77 @@ def test_it_imports_nothing_but_the_standard_library_numpy_and_an_engine():
     everything = set().union(*imported.values())
     assert everything - sys.stdlib_module_names - set(imported) == {"numpy", "onnxruntime", "tensorrt"}
     assert not imported["machine"] - sys.stdlib_module_names  # handed over alone, through a pipe
+
+
+class Ticking:
+    """A network of two exits by clocks that only it moves: stage k takes 10 (k + 1) s, a head 1; two fifths of each on the CPU."""
+
+    n_exits, restarts, facts, heads = 2, False, {"engine": "none"}, [(0, 1, 0), (1, 2, 1)]
+
+    def __init__(self, name="", log=None):
+        self.name, self.log, self.now = name, log, [0.0, 0.0]
+
+    def step(self, segment, state):
+        if self.log is not None and segment[0] == 0:
+            self.log.append((self.name, int(state[0].flat[0])))
+        for s in [10.0 * (k + 1) for k in range(segment[0], segment[1])] + [1.0] * (segment[2] is not None):
+            self.now[0], self.now[1] = self.now[0] + s, self.now[1] + 0.4 * s
+        return state, np.eye(3, dtype=np.float32)[[segment[2] or 0]]
+
+
+@pytest.fixture
+def agent(monkeypatch):
+    monkeypatch.syspath_prepend(str(AGENT))
+    for name in ("agent", "machine", "tools", "engines", "stops"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "stops", stops)
+    found = importlib.import_module("agent")
+    for name in ("agent", "machine", "tools", "engines"):  # theirs is not the name that others know
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])
+    return found
+
+
+def by(clock, monkeypatch, agent):
+    ticks = SimpleNamespace(perf_counter=lambda: clock[0], process_time=lambda: clock[1])
+    monkeypatch.setattr(agent, "time", ticks)
+
+
+def test_its_stopwatch_times_stage_and_head_apart_in_ms(agent, monkeypatch):
+    net = Ticking()
+    by(net.now, monkeypatch, agent)
+    links = agent.Links(net)
+    links.go(np.zeros((1, 3)), False)
+    links.go(np.zeros((1, 3)), True)
+    said = {name: values.tolist() for name, values in links.arrays().items()}
+    assert said["stage_ms"] == [[10e3], [20e3]] and said["head_ms"] == [[1e3], [1e3]]
+    assert said["stage_cpu_ms"] == [[pytest.approx(4e3)], [pytest.approx(8e3)]]
+    assert said["head_cpu_ms"] == [[pytest.approx(400)], [pytest.approx(400)]]
+
+
+def test_its_replays_run_what_the_policy_reads_and_no_more(agent, monkeypatch):
+    for threshold, exit, s in ((0.0, 0, 11.0), (0.9, 1, 11.0 + 21.0)):
+        net = Ticking()
+        by(net.now, monkeypatch, agent)
+        tests = [{"test": "by_max_probability", "arguments": {"thresholds": [threshold]}}]
+        replay = agent.Replay(net, {"tests": tests, "uses": [0, 1], "temperatures": []})
+        replay.go(np.zeros((1, 3)), True)
+        said = replay.arrays()
+        assert (said["exits"].tolist(), said["answers"].tolist()) == ([exit], [exit])
+        assert said["wall_ms"] == pytest.approx([1e3 * s]) and said["cpu_ms"] == pytest.approx([400 * s])
+        assert np.isnan(said["logits"]).all(-1).tolist() == [[False], [exit == 0]]
+
+
+def test_its_networks_take_turns_as_on_this_machine(agent, monkeypatch, tmp_path):
+    log, beats = [], []
+    monkeypatch.setattr(agent, "Net", lambda folder, job: Ticking(folder, log))
+    np.save(tmp_path / "x.npy", np.arange(12.0).reshape(12, 1))
+    task = {"x": tmp_path / "x.npy", "nets": [{"folder": "a"}, {"folder": "b"}]}
+    arrays, said = agent.timed({"warmup": 2}, task, lambda: beats.append(1))
+    turns = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    for names, runs in (("ab", [9, 10, 11, *range(8)]), ("ba", [5, 6, 7, *range(8, 12)])):
+        turns += [(name, r) for name in names for r in runs]
+    assert log == turns and arrays["1.stage_ms"].shape == (2, 12) and len(beats) == 2 + 4 + 24
+    assert said["engines"] == [Ticking.facts] * 2 and gc.isenabled()
 
 
 @pytest.mark.parametrize("version", [*BOARDS, "this"])

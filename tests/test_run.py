@@ -365,23 +365,31 @@ Runner(experiment(), Path(sys.argv[1]), log=lambda line: None).run()
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
-    """kill -9 four times (`benchmarks/kill.py` does it 20 times), restarted each time."""
+    """kill -9 four times, each some moments after it has got further (`benchmarks/kill.py` does it 20 times), restarted each time."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(folder):
         return subprocess.Popen([sys.executable, "-c", SCRIPT.format(root=str(ROOT)), str(folder)], env=env)
 
     whole = start(tmp_path / "whole")
-    rng = np.random.default_rng(0)
+    rng, left = np.random.default_rng(0), []
     for _ in range(4):
-        victim = start(tmp_path / "cut")
-        time.sleep(rng.uniform(3, 9))
+        before, victim = _written(tmp_path / "cut"), start(tmp_path / "cut")
+        while victim.poll() is None and _written(tmp_path / "cut") <= before:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 2))
         victim.kill()
         victim.wait()
+        left.append(len(records(tmp_path / "cut")))
     assert start(tmp_path / "cut").wait() == 0 and whole.wait() == 0
     assert scores(tmp_path / "cut") == scores(tmp_path / "whole")
     facts = [r.fact for r in records(tmp_path / "cut")]
     assert sorted(facts) == sorted({r.fact for r in records(tmp_path / "whole")})
+    assert left[0] < len(facts), "the first one, at least, was killed before its end"
+
+
+def _written(folder):
+    return sum(1 for path in folder.rglob("*") if path.suffix in (".json", ".pt", ".npz", ".safetensors"))
 
 
 def test_forced_it_runs_again(tmp_path):
