@@ -70,7 +70,8 @@ def load(folder: Path | str, *, policy: Policy | None = None, engine: Engine | N
     if threads < 0:
         raise UsageError(f"threads={threads} is no number of threads: give 1 or more, or 0 for every core")
     made = manifest["provenance"]
-    saturates = engine == "openvino" and cpu.saturates() and any(bits[0] == 8 for bits in made["bits"].values())
+    overflows = manifest.get("overflows", any(bits[0] == 8 for bits in made["bits"].values()))  # manifests of before do not say
+    saturates = engine == "openvino" and cpu.saturates() and overflows
     if saturates != ("saturates" in made["net"]):
         warnings.warn(
             "this CPU has no VNNI, and OpenVINO's INT8 saturates there: other answers than were exported come out; "

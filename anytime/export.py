@@ -310,6 +310,8 @@ def manifest(chosen: Chosen, segments: list[dict[str, Any]]) -> dict[str, Any]:
             "mean": list(parts.preprocessing.mean), "std": list(parts.preprocessing.std),
         },
         "classes": list(parts.classes), "n_exits": net.n_exits, "restarts": net.restarts,
+        # Whether two products of its weights and an activation can be more than 16 bits hold.
+        "overflows": net.overflows,
         # ONNX Runtime's pass WeightBiasQuantization must stay off where this is False.
         "float_biases": net.float_biases,
         "segments": segments, "policy": chosen.said, "exits": exits,

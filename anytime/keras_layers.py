@@ -99,11 +99,11 @@ class KerasLayers:
         target, layers = node.target, self.tf.keras.layers
         if kwargs.get("alpha", 1) != 1:
             raise Unsupported(f"{name}: an addition with alpha={kwargs['alpha']} has no Keras form here; multiply before you add")
-        if is_add(node) and isinstance(args[1], Value):
+        if is_add(node) and isinstance(args[0], Value) and isinstance(args[1], Value):
             return Value(self.keep(layers.Add(), name, [self._plain(args[0]), self._plain(args[1])]))
         if is_relu(link, node):
             return Value(self.keep(layers.ReLU(), name, args[0].tensor), args[0].order)
-        if target is torch.cat and (kwargs.get("dim") or (args[1:] or [0])[0]) == 1:
+        if target is torch.cat and (kwargs.get("dim") or kwargs.get("axis") or (args[1:] or [0])[0]) == 1:
             return Value(self.keep(layers.Concatenate(-1), name, self._plain(args[0])))
         if target is F.adaptive_avg_pool2d:
             return Value(_adaptive_pool(self, nn.AdaptiveAvgPool2d(args[1]), name, args[0].tensor))

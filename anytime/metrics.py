@@ -232,8 +232,8 @@ METRICS: dict[str, Metric] = {
         "ms",
         "lower",
         3,
-        "mean of the same: a policy's median is just the latency of one of its exits. Policies are executed on the "
-        "first few hundred test samples, which records from December 2026 on weigh by the exits that all of them take",
+        "mean of the same: a policy's median is just the latency of one of its exits. Policies are executed on a few hundred test "
+        "samples, which records from December 2026 on weigh by the exits that the whole test part takes",
     ),
     "latency_ms_spread": Metric("ms", "lower", 3, "largest minus smallest median over repeated measurements"),
     "cpu_ms": Metric("ms", "lower", 3, "mean process CPU time a sample, all threads: compares work on a noisy machine"),

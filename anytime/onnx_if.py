@@ -74,30 +74,12 @@ def _scope(
         _answer(logits, at, exit, leaving, with_confidence=not sure), f"leave at exit {exit + 1}", [], _infos(leaving, n_classes)
     )
     after = segments[i + 1].graph.input
-    handed, taken, names = _across(after, ["x"] if after[0].name == "x" else state, at)
+    names = ["x"] if after[0].name == "x" else state
     later = [f"after_{at}/{name}" for name in OUTPUTS]
     inner, weights = _scope(segments, heads, tests, i + 1, dict(zip((t.name for t in after), names, strict=True)), later)
-    go_on = helper.make_graph([*taken, *inner], f"go on after exit {exit + 1}", [], _infos(later, n_classes), weights)
+    go_on = helper.make_graph(inner, f"go on after exit {exit + 1}", [], _infos(later, n_classes), weights)
     branch = helper.make_node("If", [f"{at}/leaves"], list(outputs), f"{at}/If", then_branch=then, else_branch=go_on)
-    return [*nodes, *tested, *handed, branch], [*constants, *more]
-
-
-def _across(entering: Sequence[onnx.ValueInfoProto], state: Sequence[str], at: str) -> tuple[Nodes, Nodes, list[str]]:
-    """How a state gets into a branch: nodes before it, nodes in it, and what it is called there.
-
-    Integer maps cross with their channels last. ONNX Runtime convolves integers so, and what it would transpose at both sides
-    of the border cancels out with what is written here: 7 exits of SDN ResNet-20 take a fifth longer without.
-    """
-    before, inside, names = [], [], []
-    for info, name in zip(entering, state, strict=True):
-        kind = info.type.tensor_type
-        if kind.elem_type != TensorProto.FLOAT and len(kind.shape.dim) == 4:
-            last, own = f"{at}/channels_last/{info.name}", f"after_{at}/{info.name}"
-            before.append(helper.make_node("Transpose", [name], [last], last, perm=[0, 2, 3, 1]))
-            inside.append(helper.make_node("Transpose", [last], [own], own, perm=[0, 3, 1, 2]))
-            name = own
-        names.append(name)
-    return before, inside, names
+    return [*nodes, *tested, branch], [*constants, *more]
 
 
 def renamed(graph: onnx.GraphProto, at: str, known: Mapping[str, str]) -> tuple[Nodes, list[onnx.TensorProto], list[str]]:

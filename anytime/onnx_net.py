@@ -14,6 +14,7 @@ from anytime.backend import BitMap, Bits, Deployable, Segment
 from anytime.engine import Graph, OnnxRuntimeGraph, OpenVINOGraph
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel
+from anytime.quant.fake import overflows
 from anytime.quant.onnx_graph import OnnxChain
 
 # Operators that only choose or move values, as quantizers write them: what they give lies on the grid of what they get.
@@ -57,6 +58,11 @@ class GraphNet(Deployable, ABC):
     def open(self, threads: int) -> None:
         if threads != self._threads:
             self._threads, self._graphs = threads, {}
+
+    @property
+    def overflows(self) -> bool:
+        """See ``quant.fake.overflows``."""
+        return overflows(self.twin, self.bits)
 
     def graph(self, segment: Segment) -> bytes:
         """The ONNX file of a segment, written once."""

@@ -88,6 +88,47 @@ def test_numbers_are_added_and_a_factor_inside_an_addition_is_refused():
         OnnxChain(traced(chain(0.25)), SHAPE, True).write(Segment(0, 1, 0))
 
 
+class Called(nn.Module):
+    """Its functions are called as its modules are."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.relu, self.cat = nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.relu(self.cat(torch.cat([nn.functional.relu(y), y], axis=1)))
+
+
+class Cuts(nn.Module):
+    def forward(self, x):
+        return x[:, :2]
+
+
+def test_calls_that_are_named_as_modules_are_told_apart():
+    torch.manual_seed(0)
+    plain = AnytimeModel([Called()], [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))]).eval()
+    x = data().test.x[:4]
+    proto = OnnxChain(traced(plain), SHAPE, True).write(Segment(0, 1, 0))
+    for _, run in runners(proto):
+        assert np.allclose(run(None, {proto.graph.input[0].name: x.numpy()})[0], plain(x)[0].detach().numpy(), atol=1e-5)
+
+
+def test_a_part_cut_out_by_indices_is_refused_by_name():
+    chain = AnytimeModel([nn.Sequential(Cuts(), nn.Conv2d(2, 3, 1))], [nn.Sequential(nn.Flatten(), nn.Linear(768, 4))]).eval()
+    with pytest.raises(Unsupported, match=r"stages.0.getitem: a part of a tensor cut out by indices has no ONNX form"):
+        OnnxChain(traced(chain), SHAPE, True).write(Segment(0, 1, 0))
+
+
+def test_a_bias_that_no_int32_holds_is_refused_and_does_not_wrap():
+    net = prepared(trained(), data().calib.x, Widths(8, 8), "u8s8", "mse", "mse")
+    layer = dict(net.layers())["stages.2.0"]
+    with torch.no_grad():
+        layer.weight_scale[0], layer.bias[0] = 1e-12, 1.0
+    with pytest.raises(Unsupported, match="stages.2.0: its bias is more steps than 32 bits hold"):
+        OnnxChain(net.freeze(round_bias=False), SHAPE, True).write(Segment(0, 3, 2))
+
+
 def test_a_fused_prefix_is_bit_by_bit_the_links_in_turn():
     chain, int_bias = CHAINS["u8s8"]
     writer = OnnxChain(chain, SHAPE, int_bias)

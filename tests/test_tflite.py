@@ -131,6 +131,11 @@ def test_what_it_cannot_run_is_refused():
         TFLite(of=Float32()).compress(small(), replace(calib, x=calib.x[:0], y=calib.y[:0]), train)
 
 
+def test_a_layer_that_it_quantizes_all_the_same_is_not_called_float():
+    with pytest.raises(Unsupported, match="also quantizes what was left in float"):
+        made(TFLite(of=PTQ(keep_float=("stages.1.0.b",))))
+
+
 def test_grids_are_kept_or_rounded_to():
     eighth, same, other = Port(0, 0.125, 3), Port(7, 0.125 * (1 + 1e-7), 3), Port(1, 0.25, -1)
     counts = np.array([[-128, 3, 4, 127]], np.int8)

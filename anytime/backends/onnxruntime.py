@@ -38,7 +38,7 @@ class OnnxRuntime(Backend):
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         inner = self.of.compress(model, calib, trainer, "u8s8")
-        if not isinstance(inner, TorchNet):
+        if not isinstance(inner, TorchNet) or inner.format != "torch":
             raise Unsupported(f"{self.of.label} brings its own graphs and engine ({inner.execution}): leave OnnxRuntime out")
         odd = set(inner.bits.values()) - INT8_WIDTHS
         if odd:

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from anytime import cpu
 from anytime.backend import INT8_WIDTHS, Backend, Deployable, Target, TorchNet
@@ -22,7 +21,7 @@ from anytime.dataset import Part
 from anytime.errors import Unsupported, install
 from anytime.model import AnytimeModel
 from anytime.onnx_net import GraphNet, OpenVINONet, written
-from anytime.quant.fake import QuantizedLayer, check_tensors
+from anytime.quant.fake import check_tensors, overflows
 from anytime.quant.trace import links, traced
 from anytime.train import Trainer
 
@@ -56,12 +55,12 @@ class OpenVINO(Backend):
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         inner = self.of.compress(model, calib, trainer, "u8s8-fused")
         facts = {k: v for k, v in inner.facts.items() if k != "simulated"}
-        if not isinstance(inner, TorchNet | GraphNet):
+        if not isinstance(inner, TorchNet | GraphNet) or inner.format not in ("torch", "onnx"):
             raise Unsupported(f"{self.of.label} brings its own engine ({inner.execution}): leave OpenVINO out")
-        if cpu.saturates() and (any(b.weight == 8 for b in inner.bits.values()) or _widest(inner.twin) > 64):
+        if cpu.saturates() and overflows(inner.twin, inner.bits):
             facts["saturates"] = "no VNNI on this CPU: two products are added in 16 bits and saturate; 7 bits of weights do not"
         if isinstance(inner, GraphNet):
-            return OpenVINONet(inner.twin, inner.bits, inner.graph, facts)
+            return OpenVINONet(inner.twin, inner.bits, inner.graph, facts, inner.float_biases)
         bf16 = inner.dtype == torch.bfloat16
         odd = set(inner.bits.values()) - INT8_WIDTHS if not bf16 else set()
         if odd:
@@ -80,11 +79,6 @@ class OpenVINO(Backend):
         elif net.bits and any(node.target is torch.cat for _, link in links(chain) for node in link.graph.nodes):
             _compile_apart(net)
         return net
-
-
-def _widest(twin: nn.Module) -> float:
-    """The largest integer of a weight: DoReFa's of 7 bits go beyond 64 too."""
-    return max((float(m.integers().abs().max()) for m in twin.modules() if isinstance(m, QuantizedLayer)), default=0.0)
 
 
 def _compile_apart(net: OpenVINONet) -> None:

@@ -54,7 +54,7 @@ class TFLite(Backend):
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         inner = self.of.compress(model, calib, trainer, "u8s8")
-        if not isinstance(inner, TorchNet):
+        if not isinstance(inner, TorchNet) or inner.format != "torch":
             raise Unsupported(f"{self.of.label} brings its own graphs and engine ({inner.execution}): leave TFLite out")
         odd = {b for b in inner.bits.values() if b != (8, 8)}
         if odd or (inner.bits and self.form != "int8"):
@@ -69,7 +69,12 @@ class TFLite(Backend):
         if not inner.bits and self.form in ("int8", "dynamic"):
             about["twin"] = "the float network: the converter's own grids are not read back"
         facts = about | {k: v for k, v in inner.facts.items() if k != "simulated"}
-        return TFLiteNet(inner.twin, None, Converter(chain, calib.x, self.form), facts)
+        net = TFLiteNet(inner.twin, None, Converter(chain, calib.x, self.form), facts)
+        if inner.bits and (more := sorted(set(net.bits) - set(inner.bits))):
+            raise Unsupported(
+                f"TFLite's converter also quantizes what was left in float ({', '.join(more)}): leave keep_float out"
+            )
+        return net
 
 
 class Converter:

@@ -41,7 +41,7 @@ class TorchCompile(Backend):
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         inner = self.of.compress(model, calib, trainer, target)
-        if not isinstance(inner, TorchNet) or inner.simulated:
+        if not isinstance(inner, TorchNet) or inner.simulated or inner.format != "torch":
             raise Unsupported(
                 f"torch.compile runs floating point, not {self.of.label}: leave TorchCompile out, or take Float32()"
             )

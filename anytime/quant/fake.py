@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from anytime.errors import Unsupported
+from anytime.quant.bits import BitMap
 from anytime.quant.ranges import Grid, Histogram
 
 MOST_BIAS = 2.0**30  # integers of a bias: half of what int32 holds, so that what is added to it has room
@@ -211,6 +212,12 @@ def check_tensors(model: nn.Module, engine: str) -> None:
         raise Unsupported(
             f"{engine} keeps tensors in 8 bits, not in {', '.join(map(str, odd))}: leave out add_bits, or score without the engine"
         )
+
+
+def overflows(model: nn.Module, bits: BitMap) -> bool:
+    """Whether two products of a weight and 8 bits can be more than 16 bits hold: of weights beyond 64, as 8 bits and DoReFa's 7 are."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    return any(b.weight == 8 for b in bits.values()) or any(float(m.integers().abs().max()) > 64 for m in layers)
 
 
 def per_channel(values: Tensor, weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from anytime.errors import Unsupported
 from anytime.model import AnytimeModel, Segment
 from anytime.quant import onnx_ops
 from anytime.quant.channelwise import channelwise
@@ -164,7 +165,10 @@ def _link(w: Writer, link: nn.Module, path: str, value: Any, int_bias: bool) -> 
         elif node.op == "get_attr":
             values[node] = Value(w.constant(name, _attribute(link, node.target).detach().numpy()))
         elif node.op == "call_function" and node.target is getitem:
-            values[node] = get(node.args[0])[node.args[1]]
+            held = get(node.args[0])
+            if isinstance(held, Value):
+                raise Unsupported(f"{name}: a part of a tensor cut out by indices has no ONNX form here; use chunk or split")
+            values[node] = held[node.args[1]]
         elif node.op == "call_module":
             module, given = link.get_submodule(node.target), get(node.args[0])
             if int_bias and given.q is not None:

@@ -54,7 +54,10 @@ def _weight(w: Writer, m: QConv2d | QLinear | nn.Conv2d | nn.Linear, name: str, 
         names = [w.op("DequantizeLinear", [integers, scale, zero], f"{name}.weight/DQ", axis=1 if flip else 0)]
         if m.bias is not None and int_bias:
             step = (x.q.quant.scale * m.weight_scale).numpy().astype(np.float32)
-            counts = np.rint(m.bias.detach().numpy().astype(np.float64) / step).astype(np.int32)  # freeze has made room
+            counts = np.rint(m.bias.detach().numpy().astype(np.float64) / step)
+            if np.abs(counts).max() >= 2**31:  # freeze makes room; who brings grids of their own may have none
+                raise Unsupported(f"{name}: its bias is more steps than 32 bits hold, for its weights are next to nothing")
+            counts = counts.astype(np.int32)
             b_scale = w.constant(f"{name}.bias/scale", step)
             b_zero = w.constant(f"{name}.bias/zero_point", np.zeros(len(step), np.int32))
             return [
@@ -203,7 +206,8 @@ def call(w: Writer, node: fx.Node, name: str, args: list[Any], kwargs: dict[str,
     if target in (torch.relu, F.relu, "relu"):
         return Value(w.op("Relu", [args[0].name], name))
     if target is torch.cat:
-        out = w.op("Concat", [v.name for v in args[0]], name, axis=kwargs.get("dim", args[1] if len(args) > 1 else 0))
+        axis = next((kwargs[said] for said in ("dim", "axis") if said in kwargs), args[1] if len(args) > 1 else 0)
+        out = w.op("Concat", [v.name for v in args[0]], name, axis=axis)
         return _keep(w, out, args[0][0], name) if one_grid({v.q and v.q.quant for v in args[0]}) else Value(out)
     if target is F.adaptive_avg_pool2d and _pair(args[1]) == [1, 1]:
         return Value(w.op("GlobalAveragePool", [args[0].name], name))

@@ -37,8 +37,11 @@ def trace(link: nn.Module, path: str) -> fx.GraphModule:
         if LinkTracer().is_leaf_module(link, ""):
             link = nn.Sequential(link).train(link.training)  # else it would be traced into, to a function
         graph = LinkTracer().trace(link)
+        called = {node.target for node in graph.nodes if node.op == "call_module"}
         for node in graph.nodes:
             node.type = None  # an annotation may be a string, with which a graph cannot be pickled
+            if node.op in ("call_function", "call_method") and node.name in called:
+                node._rename(f"{node.name}_call")  # writers name modules by their targets, calls by their nodes
         for node in reversed(list(graph.nodes)):
             if node.target is getitem and splits(node.args[0]):
                 node.args[0].append(node)  # no unit ends on a tuple

@@ -95,7 +95,8 @@ class Replay:
                 break
         said = int(read[-1][0].argmax())
         w1, c1 = time.perf_counter(), time.process_time()
-        _finite(read[-1], "exit %d" % (int(segment[2] or 0) + 1))
+        for segment_read, logits in zip(self.plan, read):
+            _finite(logits, "exit %d" % (int(segment_read[2] or 0) + 1))
         if keep:
             self.rows.append([1e3 * (w1 - w0), 1e3 * (c1 - c0), float(segment[2] or 0), float(said)])
             self.read.append(read)

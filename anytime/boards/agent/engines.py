@@ -43,6 +43,8 @@ class OnnxRuntime:
         # See anytime/engine.py: it would quantize what was kept in float on purpose.
         off = [] if manifest["float_biases"] else ["WeightBiasQuantization"]
         wanted = job["provider"]
+        if wanted != "CPUExecutionProvider" and wanted in onnxruntime.get_available_providers():
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # a node that it cannot run is an error
         self.session = onnxruntime.InferenceSession(path, options, providers=[wanted], disabled_optimizers=off)
         got = self.session.get_providers()
         if not got or got[0] != wanted:

@@ -82,6 +82,10 @@ class Ssh(Board):
             return f"engines of torch2trt run only where torch has made them, not on {self.name}: take TensorRT(of=...)"
         if net.format not in RUNS:
             return f"{self.name} runs {', '.join(RUNS)}, not {net.format}: wrap the backend in OnnxRuntime or TensorRT"
+        if not hasattr(net, "graph"):
+            return f"{self.name} runs one network at a time, and {net.execution} is several: measure its members"
+        if net.bits and net.format == "onnx" and self.provider != "CPUExecutionProvider":
+            return f"ONNX Runtime's {self.provider} has no integer kernels and would compute in float: take TensorRT(of=...)"
         if net.needs:
             return f"{self.name} is not asked whether its CPU has kernels for these numbers ({', '.join(net.needs)})"
         return self.lacks(net.format, net.needs)
