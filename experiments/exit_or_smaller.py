@@ -8,9 +8,9 @@ SparseResNet, whose exits are trained together from the start; executed by the s
 are what the static networks cost: 0.325, 0.55 and 0.775 of ResNet-56's MACs are ResNet-20's, 32's and 44's; 0.2 and 0.45 lie
 between. Read it along the latency that was measured: what is on the front is worth its time beyond the noise.
 
-It gave, in INT8 (an EPYC with AVX512-VNNI): ResNet-20 91.17 % in 0.357 ms, ResNet-56 92.51 % in 0.989 ms; SDN ResNet-56, reading up to
-three exits under max-probability, 72.45 % in 0.344 ms, 91.41 % in 0.725 ms and 92.17 % in 0.956 ms: the smaller network. SparseResNet
-has 91.09 % for 25.5 M MACs, where ResNet-20 has 91.17 for 40.8, and takes 0.75 ms. ResNet-32 and 44 have not been run yet.
+It gave, in INT8 (an EPYC with AVX512-VNNI): ResNet-20 91.17 % in 0.36 ms, ResNet-32 91.90 % in 0.62 ms, ResNet-56 92.51 % in 1.00 ms; SDN
+ResNet-56, reading up to three exits under max-probability, 91.41 % in 0.73 ms and 92.17 % in 0.96 ms: the smaller network. SparseResNet has
+91.09 % for 25.5 M MACs, where ResNet-20 has 91.17 for 40.8, and takes 0.75 ms. ResNet-44 has not been run yet.
 """
 
 from anytime.backends.float import Float32
