@@ -64,7 +64,7 @@ from anytime.weights import load_weights
 
 ZOO = Path(__file__).resolve().parent.parent / "results" / "zoo"
 GEMM = 2048  # side of the matrices whose product is the machine's INT8 peak
-READINGS = 8  # of batches, in a launch
+READINGS = 4  # of batches, in a launch
 Jobs = Mapping[str, tuple[Deployable, Policy]]
 
 

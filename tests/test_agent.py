@@ -164,10 +164,9 @@ def agent(monkeypatch):
     for name in ("agent", "machine", "tools", "engines", "stops"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "stops", stops)
-    found = importlib.import_module("agent")
-    for name in ("agent", "machine", "tools", "engines"):  # theirs is not the name that others know
-        monkeypatch.setitem(sys.modules, name, sys.modules[name])
-    return found
+    yield importlib.import_module("agent")
+    for name in ("agent", "machine", "tools", "engines"):  # experiments may be called so
+        sys.modules.pop(name, None)
 
 
 def by(clock, monkeypatch, agent):

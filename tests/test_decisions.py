@@ -173,7 +173,10 @@ def test_limits_are_those_of_true_refits() -> None:
     own, _ = family(fits(noisy_val, budgets), noisy, noisy_val)
     found = decisions.limits(kept, chosen, own, (there, chosen))
     refitted = decisions.limits(own, chosen, own, (there, chosen))
-    draws = [np.repeat(np.arange(n), np.rint(decisions.weights(n) * n).astype(int)[r]) for r in range(200) for n in (500, 800)]
+    parts = (("val", 500), ("test", 800))
+    draws = [
+        np.repeat(np.arange(n), np.rint(decisions.weights(n, part) * n).astype(int)[r]) for r in range(200) for part, n in parts
+    ]
     true: dict[str, list[float]] = {"accuracy": [], "spent": [], "exit_flips": [], "refitted": []}
     for v, t in zip(draws[::2], draws[1::2], strict=True):
         policy = MaxProb().fit(Predictions(val.logits[:, v], val.labels[v], "val"), Costs(), 2.4)

@@ -670,7 +670,9 @@ def test_a_class_beside_the_users_script_is_found(monkeypatch: pytest.MonkeyPatc
 def test_an_interrupt_ends_the_process(tmp_path: Path) -> None:
     # In a process of its own: with OpenVINO loaded beside pytest's machinery an interrupt has ended in a segmentation fault.
     note = tmp_path / "pid"
-    code = f"from tests.test_host import *\nHost().time([Faulty('interrupt', Path({str(note)!r}))], X)"
+    # A shell's background job, as tests may run in, is started with interrupts ignored.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = f"{heard}from tests.test_host import *\nHost().time([Faulty('interrupt', Path({str(note)!r}))], X)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120
     )

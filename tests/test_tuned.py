@@ -126,7 +126,7 @@ def test_its_names():
     assert Tuned((Makes(), Makes(logit=2.0))).column == "scripted / odd tuned"
     assert Tuned((Makes(), Makes((1, 1)))).label == "Tuned(Makes, Makes(right=(1, 1)))"
     assert Tuned((Makes(), Makes(raises="absent"))).why_not() == "absent" and Tuned((Makes(),)).why_not() is None
-    assert key(Tuned((Makes(),))) != key(Tuned((Makes((1, 1)),))) and plain(Tuned((Makes(),)))["of"][0]["is"] == "Makes"
+    assert key(Tuned((Makes(),))) != key(Tuned((Makes((1, 1)),))) and plain(Tuned((Makes(),)))["of"][0]["is"].endswith(".Makes")
 
 
 def test_ours_and_theirs_in_an_engine():
