@@ -106,9 +106,9 @@ def _interleave(
     gc.collect()
     gc.disable()
     stalled, c0, w0 = cpu.stalled_us(), process_time_ns(), perf_counter_ns()
-    for round, first in enumerate(range(0, len(samples), TURN)):
-        for turn in range(len(runs)):
-            i = (round + turn) % len(runs)
+    order = np.random.RandomState(0)  # drawn: were it to rotate, the same network would always come before another
+    for first in range(0, len(samples), TURN):
+        for i in order.permutation(len(runs)):
             for r in range(first - REFRESH, first):
                 runs[i].go(samples[r % len(samples)])
             for sample in samples[first : first + TURN]:

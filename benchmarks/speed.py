@@ -4,7 +4,7 @@
 
 SDN on a ResNet and its static twin (CIFAR-10), B-LeNet and LeNet (MNIST), with the weights of results/zoo; a network that is not
 there is built untrained, its speed is as good and its accuracy says nothing. Everything of one table is timed in one
-interleaved run of fresh processes (anytime/boards/host.py): torch eager, ONNX Runtime and OpenVINO, FP32 and INT8, batch 1 and 64.
+run of fresh processes, interleaved (anytime/boards/host.py): torch eager, ONNX Runtime and OpenVINO, FP32 and INT8, batch 1 and 64.
 
 A time is the mean over samples of each sample's median over launches. Wall times judge the bars; where others took the CPU
 ("noisy") process CPU times do, and the tables say so. Policies are fitted on val: of every choice of up to three exits under MaxProb,

@@ -27,9 +27,11 @@ def test_interrupted_what_has_begun_ends_and_nothing_else_begins(tmp_path):
         while not list(tmp_path.iterdir()):
             time.sleep(0.05)
         raise KeyboardInterrupt
-    for process in active_children():
-        process.join(20)
-        assert process.exitcode is not None
+    # Not join: the pool's own thread waits for them too, and whoever comes second is told of no exit code for a moment.
+    until = time.monotonic() + 20
+    while active_children() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not active_children()
     assert len(list(tmp_path.iterdir())) <= 3 and not list(tmp_path.glob("*.end"))
 
 

@@ -54,19 +54,18 @@ class Host(Board):
     segments run on full ones (anytime/execute.py); these samples share one reading. UsageError with fewer samples than a reading takes.
 
     Every launch runs every sample. After ``warmup`` runs of each network the networks take turns, in an order that
-    rotates from round to round. A turn times 8 batches, one by one, after 3 untimed runs (on those before
+    is drawn anew for each round. A turn times 8 batches, one by one, after 3 untimed runs (on those before
     them) that bring the network's weights, code and branch history back into the core, as in a program that runs
     nothing else: a time must not depend on the company that it was measured in. (Six of B-AlexNet's size, one thread of
     ONNX Runtime: without these runs heads take 60 % and stages 8 to 23 % longer than alone, with them as long.)
+    Engines get processes of their own, their launches taking turns: beside torch, which gives its memory back after each run, others
+    are slower for as long as it is there (benchmarks/company.py), and the idle threads of one keep spinning on the cores of the next.
 
     Handing a sample over (``start``) counts to the first stage. A replay is timed from the sample to the class, exit
     tests included. Launches follow each other in the sample axis of ``Timing``: [E, launches x R]. Clock readings are
     not subtracted; the facts say what they take. Facts of one network: ``first_answer_ms`` from opening it to its first answer,
     and ``memory_mb``, by how much opening and running it once raised the peak of the process; medians over launches, absent where
     another job had opened it.
-
-    With more than one thread, engines get processes of their own (their launches taking turns), for the idle
-    threads of one keep spinning on the cores of the next.
 
     Source: this project.
     """
@@ -158,7 +157,7 @@ class Host(Board):
         facts = self.facts() | {"launches": str(self.launches), "warmup": str(self.warmup), "samples": str(len(x))}
         groups: dict[str, list[int]] = {}
         for i, (net, _) in enumerate(jobs):
-            groups.setdefault(net.format if self.threads > 1 else "", []).append(i)
+            groups.setdefault(net.format, []).append(i)
         reports: dict[str, list[dict[str, Any]]] = {group: [] for group in groups}
         with _own_folder() as folder:
             for group, members in groups.items():

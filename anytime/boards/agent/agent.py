@@ -24,7 +24,7 @@ import numpy as np
 import tools
 from engines import Net, Refused
 
-TURN, REFRESH = 8, 3  # samples of a turn; untimed ones before them: as anytime/stopwatch.py does
+TURN, REFRESH = 8, 3  # samples of a turn; untimed ones before them; whose turn it is is drawn: as anytime/stopwatch.py does
 
 
 # What a task does: a function of the job, the task, its networks and ``beat``, to call about once a second; answers arrays
@@ -128,9 +128,9 @@ def timed(job: Dict[str, Any], task: Dict[str, Any], beat: Callable[[], None]) -
     gc.collect()
     gc.disable()
     stalled, c0, w0 = machine.stalled_us(), time.process_time(), time.perf_counter()
-    for round, first in enumerate(range(0, len(samples), TURN)):
-        for turn in range(len(runs)):
-            run = runs[(round + turn) % len(runs)]
+    order = np.random.RandomState(0)
+    for first in range(0, len(samples), TURN):
+        for run in [runs[i] for i in order.permutation(len(runs))]:
             for r in range(first - REFRESH, first):
                 run.go(samples[r % len(samples)], False)
             for sample in samples[first : first + TURN]:
