@@ -24,7 +24,6 @@ from anytime.quant.bits import BitMap as BitMap
 from anytime.quant.bits import Bits as Bits
 from anytime.quant.bits import Target as Target
 from anytime.quant.graph import Quantized, Widths
-from anytime.quant.place import tensorrt_exclusions
 from anytime.quant.ranges import Observer
 from anytime.spec import Spec
 from anytime.train import Trainer
@@ -39,6 +38,7 @@ class Deployable(ABC):
     execution: str  # what really runs, as the tables say it: "torch", "ONNX Runtime", "OpenVINO", "fake-quant"
     simulated: bool  # float kernels imitate the arithmetic: scored, never timed
     needs: tuple[str, ...] = ()  # CPU flags, any one of which makes the kernels real; () needs none
+    devices: tuple[str, ...] = ("cpu",)  # where it can live: on others than the CPU after ``move``
     twin: AnytimeModel  # the same arithmetic in torch: what is counted, what fidelity is judged against
     bits: BitMap
     facts: dict[str, str]  # what a reader of the record should know: exclusions, epochs, why it is simulated
@@ -102,6 +102,8 @@ class TorchNet(Deployable):
     """A Deployable that torch runs as it stands: it is its own twin."""
 
     format = "torch"
+    devices = ("cpu", "cuda")
+    device = "cpu"
 
     def __init__(
         self,
@@ -116,8 +118,22 @@ class TorchNet(Deployable):
         self.twin, self.bits, self.simulated, self.execution = twin.eval(), dict(bits), simulated, execution
         self.dtype, self.needs, self.facts = dtype, needs, facts or {}
 
+    def move(self, device: str) -> None:
+        """Live on ``device`` from now on, images as channels_last: parameters keep their type, states stay there, logits come back.
+
+        On "cuda" FP32 is FP32: torch's default for convolutions there, TF32, is switched off in this process.
+        """
+        if device == "cuda":
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        self.device = device
+        self.twin.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def start(self, x: Floats) -> Any:
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(self.dtype)
+        state = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+        if self.device == "cpu":
+            return state.to(self.dtype)
+        layout = torch.channels_last if state.ndim == 4 else torch.preserve_format
+        return state.to(self.device, self.dtype, memory_format=layout)
 
     @torch.inference_mode()
     def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
@@ -125,8 +141,10 @@ class TorchNet(Deployable):
         for k in stages[-1:] if self.restarts else stages:
             state = self.twin.stages[k](state)
         if segment.head is None:
+            if self.device == "cuda":  # kernels were only asked for; with a head its logits are waited for
+                torch.cuda.synchronize()
             return state, None
-        logits = self.twin.heads[segment.head](state).float().numpy()
+        logits = self.twin.heads[segment.head](state).float().cpu().numpy()
         return (entered if self.restarts else state), logits
 
     def save(self, folder: Path) -> list[Path]:
@@ -202,7 +220,3 @@ class IntegerBackend(Backend, ABC):
     def widths(self) -> Widths:
         """The bits that it asks for."""
         return Widths(self.weight_bits, self.activation_bits, self.edge_bits, self.add_bits)
-
-    def exclusions(self, chain: AnytimeModel, target: Target) -> tuple[str, ...]:
-        """Layers of a traced chain left in float: ``keep_float``, and for "s8s8" what TensorRT runs faster so."""
-        return tuple(dict.fromkeys((*self.keep_float, *(tensorrt_exclusions(chain) if target == "s8s8" else ()))))

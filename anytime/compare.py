@@ -16,12 +16,15 @@ from scipy.special import stdtrit
 
 from anytime import record
 from anytime.errors import UsageError, near
-from anytime.gather import Asked, Network, Row, asked_of, gather, key_of
+from anytime.gather import MACHINE, Asked, Network, Row, asked_of, filled, gather, key_of
 from anytime.metrics import METRICS, Interval, paired_loss
-from anytime.rows import Fold, absent, ms_by_session, provenance
+from anytime.rows import Fold, absent, provenance
 from anytime.styles import md_table
+from anytime.tables import LEFT
+from anytime.timed import ms_by_session
 
 TOLERANCES = {"accuracy": 0.5, "agreement": 0.5, "int8_macs_share": 1.0, "latency_ms_mean": 1.1, "size_bytes": 1.01, "macs": 1.01}
+_OF_A_MACHINE = ("latency_ms", "cpu_ms", "energy_mj", "speedup", "accuracy_at_ms")
 
 
 def unit(metric: str) -> str:
@@ -78,6 +81,7 @@ class Comparison:
     lost: int = 0  # networks, exits and policies of an experiment that are in A and not in B's run of it
     made_a: list[str] = field(default_factory=list)
     made_b: list[str] = field(default_factory=list)
+    machines: list[str] = field(default_factory=list)  # what differs between those that took times of one board's name
     troubles: list[str] = field(default_factory=list)
 
     def count(self, verdict: str) -> int:
@@ -114,7 +118,7 @@ def compare(a: str, b: str, results: Path, allowed: Mapping[str, float]) -> Comp
 
     Networks are paired by their specs, what is left by what it is called; accuracies sample by sample where both sides hold
     predictions of the same test labels under the same training seeds (Tango's interval, averaged over seeds), else apart. Times
-    have an interval where both were measured in several sessions. A pair is worse when it is so by more than is allowed *and* its
+    have an interval where both were measured in several sessions; those of two machines are not comparable. A pair is worse when it is so by more than is allowed *and* its
     interval, if it has one, says so too. UsageError where nothing is paired.
     """
     left, right, said = sides(a, results), sides(b, results), Comparison()
@@ -168,16 +172,17 @@ def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -
     partners = _partners(a.networks, b.networks)
     paired = {id(n) for n in partners.values()}
     again = a.exp == b.exp  # of another experiment nobody expects all
+    unlike = defaultdict[str, list[str]](list)  # a field, and what each side says -> the networks of which they say it
     for ours in a.networks:
         theirs, name = partners.get(id(ours)), _called(ours)
         if theirs is None:
             said.only_a.append(name)
             said.lost += again and bool(ours.scores)
             continue
-        for where, *values in _differing(ours.spec, theirs.spec):
-            for made, value in zip((said.made_a, said.made_b), values, strict=True):
-                if (line := f"{where} {value}") not in made:
-                    made.append(line)
+        mine, other = (n.facts.get("defaults", {}) for n in (ours, theirs))  # the older record's lacks what came later
+        defaults = {of: mine.get(of, {}) | other.get(of, {}) for of in (*mine, *other)}
+        for difference in _differing(*(filled(n.full_spec, defaults) for n in (ours, theirs))):
+            unlike[key_of(difference)].append(ours.label("model"))
         rows, others = _rows(a.fold, ours), _rows(b.fold, theirs)
         gone = [asked for asked in rows if asked not in others]
         said.only_a += [f"{name}: {_asked(asked)}{_why(theirs, asked)}" for asked in gone]
@@ -195,19 +200,29 @@ def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -
                         counted = "latency_ms_p50"  # of a record without means
                     pair = Pair(*who, board, counted, x.get(counted), y.get(counted))
                     if not absent(pair.a) and not absent(pair.b):
-                        _measure(pair, (a.fold, ours, x), (b.fold, theirs, y), asked)
+                        if apart := _machines(ours, theirs, asked, board) if metric.startswith(_OF_A_MACHINE) else "":
+                            pair.how = "another machine"
+                            said.machines += [apart] if apart not in said.machines else []
+                        else:
+                            _measure(pair, (a.fold, ours, x), (b.fold, theirs, y), asked)
                         _judge(pair, allowed[metric])
                         said.pairs.append(pair)
         said.pairs += _failures(ours, theirs)
         timed, others_timed = ({board for boards in n.times.values() for board in boards} for n in (ours, theirs))
         said.only_a += [f"{name}: its times on {board}" for board in sorted(timed - others_timed)]
         said.only_b += [f"{name}: its times on {board}" for board in sorted(others_timed - timed)]
+    for difference, models in unlike.items():
+        where, *values = json.loads(difference)
+        of = "" if len(models) == len(paired) else f"{', '.join(dict.fromkeys(models))}: "
+        for made, value in zip((said.made_a, said.made_b), values, strict=True):
+            if (line := f"{of}{where} {value}") not in made:
+                made.append(line)
     said.only_b += [_called(n) for n in b.networks if id(n) not in paired]
 
 
 def _differing(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Fields of two specs that both have, and what each says: ("recipe.epochs", 1, 60). Labels, which networks are paired by, leave
-    recipes out.
+    """Fields of two whole specs that both have, and what each says: ("recipe.epochs", 1, 60). Labels, which networks are paired by,
+    leave recipes out.
     """
     if isinstance(a, dict) and isinstance(b, dict) and a.get("is") == b.get("is"):
         for name in a:
@@ -230,9 +245,23 @@ def _rows(fold: Fold, network: Network) -> dict[Asked, dict[str, Row]]:
 
 def _boards(metric: str, ours: dict[str, Row], theirs: dict[str, Row]) -> dict[str, tuple[Row, Row]]:
     """Board -> both rows: every board that timed both for what is timed, else one pair for all boards."""
-    if metric.startswith("latency_") or metric in ("cpu_ms", "energy_mj", "speedup", "same_exits", "accuracy_at_ms"):
+    if metric.startswith((*_OF_A_MACHINE, "same_exits")):
         return {board: (ours[board], theirs[board]) for board in ours if board and board in theirs}
     return {"": (next(iter(ours.values())), next(iter(theirs.values())))}
+
+
+def _machines(ours: Network, theirs: Network, asked: Asked, board: str) -> str:
+    """In which facts the machines differ that took these times, as far as both sides tell them; empty: in none."""
+    told: list[dict[str, dict[str, None]]] = []
+    for network in (ours, theirs):
+        points = network.times.get(asked, {}).get(board, [])
+        told.append({name: {p["machine"][name]: None for p in points if name in p["machine"]} for name in MACHINE})
+    apart = [
+        f"{name} {' / '.join(a)} in A, {' / '.join(b)} in B"
+        for name, a, b in ((name, *(side[name] for side in told)) for name in MACHINE)
+        if a and b and a != b
+    ]
+    return f"{board}: {'; '.join(apart)}" if apart else ""
 
 
 def _measure(pair: Pair, ours: tuple[Fold, Network, Row], theirs: tuple[Fold, Network, Row], asked: Asked) -> None:
@@ -392,21 +421,25 @@ def as_markdown(said: Comparison, allowed: Mapping[str, float]) -> str:
         if own:
             body = [[*who, *_shown(p)] for who, p in zip(names, own, strict=True)]
             blocks += [f"## {verdict.capitalize()}: {len(own)}", md_table(header, body)]
-    for title, lines in (("Only in A", said.only_a), ("Only in B", said.only_b), ("Made with, A", said.made_a),
-                         ("Made with, B", said.made_b), ("Unreadable", said.troubles)):  # fmt: skip
+    for title, lines in (("Other machines, whose times are not comparable", said.machines), ("Only in A", said.only_a),
+                         ("Only in B", said.only_b), ("Made with, A", said.made_a), ("Made with, B", said.made_b),
+                         (LEFT, said.troubles)):  # fmt: skip
         blocks += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
     counts = [f"{said.count(v)} {v}" for v in ("equal", "within tolerance", "within noise", "better", "worse")]
+    counts += [f"{n} not comparable"] if (n := said.count("not comparable")) else []
     limits = ", ".join(f"{name} {value:g} {unit(name)}" for name, value in allowed.items())
     lost = f"{said.lost} lost (in A, not in B), " if said.lost else ""
     return "\n\n".join([*blocks, f"{lost}{', '.join(counts)}; tolerated: {limits}"])
 
 
 def _shown(pair: Pair) -> list[str]:
-    if pair.value is None:
+    if pair.metric not in METRICS:
         return [str(pair.a), str(pair.b), "", pair.how]
     metric = METRICS[pair.metric]
     scale = {"%": 100, "points": 100, "M": 1e-6, "G": 1e-9, "MB": 1e-6}.get(metric.unit, 1)
-    told = (f"{value * scale:.{metric.digits}f} {metric.unit}".strip() for value in (pair.a, pair.b))
+    told = [f"{value * scale:.{metric.digits}f} {metric.unit}".strip() for value in (pair.a, pair.b)]
+    if pair.value is None:
+        return [*told, "", pair.how]
     form = "+.2f" if unit(pair.metric) == "points" else ".3f"
     limits = "" if pair.lo is None or pair.hi is None else f" [{pair.lo:{form}}, {pair.hi:{form}}]"
     return [*told, f"{pair.value:{form}} {unit(pair.metric)}{limits}", pair.how]

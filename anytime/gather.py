@@ -55,8 +55,10 @@ _IS: dict[str, dict[str, tuple[type, ...]]] = {  # what a name holds, where it i
 }
 
 
-# What of a board must be alike for times to be one sample: processor, settings, engines.
-_TIMED_ON = listed("cpu flags threads batch provider power_mode clocks l4t tensorrt torch onnxruntime openvino tensorflow")
+# What of a board must be alike for times to be comparable, and what else for them to be one sample: engines.
+MACHINE = listed("cpu flags threads batch power_mode clocks")
+_TIMED_ON = (*MACHINE, *listed("provider l4t tensorrt torch onnxruntime openvino tensorflow"))
+LEFT_OUT = " left out: "  # of what could be read, and is not used
 
 
 _ALWAYS_SAID = ("add_bits",)  # W4A4 means two things: what additions read may keep more bits
@@ -148,7 +150,7 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
             continue
         timed = r.kind in ("measure", "replay")
         if timed and (r.facts.get("device") or {}).get("emulated") == "yes":
-            troubles.append(f"the {r.kind} record {path} is of an emulated board, whose times mean nothing: it is in no table")
+            troubles.append(f"the {r.kind} record {path} is{LEFT_OUT}it is of an emulated board, whose times mean nothing")
             continue
         if record.is_stale(r, made):
             left_out["older than their network, which was made anew"] += 1
@@ -159,9 +161,8 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
             continue
         if newest[r.fact][1] != path and not timed:  # times of one machine are pooled
             if r.kind == newest[r.fact][0].kind and _scores(r) != _scores(newest[r.fact][0]):
-                troubles.append(
-                    f"the {r.kind} record {path} says other numbers of its fact than {newest[r.fact][1]}, which is newer and used"
-                )
+                why = f"it says other numbers of its fact than {newest[r.fact][1]}, which is newer and used"
+                troubles.append(f"the {r.kind} record {path} is{LEFT_OUT}{why}")
             continue
         full = {name: value for name, value in r.spec.items() if name != "train_seed"}
         spec = said_of(full, defaults)
@@ -172,7 +173,9 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
         network.used.append(r)
         for point in points:
             if timed:
+                device = r.facts.get("device") or {}
                 about = {"noisy": noisy(r), "session": str(r.facts.get("session") or "")}
+                about |= {"machine": {name: str(device[name]) for name in MACHINE if device.get(name)}}
                 network.times[asked_of(r, point)][r.board].append(point | about)
             else:
                 network.scores[asked_of(r, point)][seed] = point
@@ -181,7 +184,7 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
             network.layers = r.layers
         if r.kind in ("skip", "fail"):
             network.missed.append(r)
-    troubles += [f"{n} records are left out: {why}" for why, n in left_out.items()]
+    troubles += [f"{n} records are{LEFT_OUT}{why}" for why, n in left_out.items()]
     current = latest(list(networks.values()))
     name_datasets(current)
     name_variants(current)
@@ -221,6 +224,16 @@ def said_of(spec: Any, defaults: Mapping[str, Row]) -> Any:
     own = defaults.get(f"{spec.get('is')} {spec.get('version')}", {})
     said = {name: said_of(value, defaults) for name, value in spec.items()}
     return {n: v for n, v in said.items() if n not in own or key_of(v) != key_of(said_of(own[n], defaults))}
+
+
+def filled(spec: Any, defaults: Mapping[str, Row]) -> Any:
+    """The other way round: a spec with what it leaves to a default, also of fields that came after its record."""
+    if isinstance(spec, list):
+        return [filled(value, defaults) for value in spec]
+    if not isinstance(spec, dict):
+        return spec
+    own = defaults.get(f"{spec.get('is')} {spec.get('version')}", {})
+    return {name: filled(value, defaults) for name, value in (own | spec).items()}
 
 
 def odd(r: Record) -> str:
@@ -293,7 +306,7 @@ def name_columns(networks: Sequence[Network]) -> None:
         families: dict[str, list[Network]] = defaultdict(list)
         for network in networks:
             stem = network.label("column").partition(" (")[0]
-            families[key_of([network.variant, stem, *map(network.label, apart)])].append(network)
+            families[key_of([stem, *map(network.label, apart)])].append(network)
         for family in families.values():
             backends = [n.spec.get("backend") if whole else _innermost(n.spec.get("backend")) for n in family]
             leaves = [{k: v for k, v in _leaves(b).items() if k.rpartition(".")[2] not in ("is", "version")} for b in backends]
@@ -326,6 +339,11 @@ def _leaves(value: Any, path: str = "") -> dict[str, str]:
     if not isinstance(value, dict):
         return {path: str(value)}
     return {leaf: said for name, v in value.items() for leaf, said in _leaves(v, f"{path}.{name}" if path else name).items()}
+
+
+def absent(value: Any) -> bool:
+    """Whether a row says nothing here: None, NaN or pandas' NA."""
+    return value is None or value is pd.NA or value != value
 
 
 def key_of(value: Any) -> str:

@@ -326,6 +326,19 @@ METRICS: dict[str, Metric] = {
         2,
         "paired: accuracy here minus that of the same network and exit or policy where this field is by default",
     ),
+    "rival_gain": Metric(
+        "points",
+        "lower",
+        2,
+        "paired: accuracy of the rival, the largest network without exits that takes no longer here, minus that of this row",
+    ),
+    "rival_time": Metric("x", "", 2, "mean latency of the rival divided by this row's, within sessions that timed both if any"),
+    "as_good_time": Metric(
+        "x",
+        "higher",
+        2,
+        "likewise of the fastest network without exits that has as much of the test part right; the range over several sessions",
+    ),
     "max_error": Metric(
         "", "lower", 4, "largest absolute difference from the reference's logits, the same network in FP32, over the test samples"
     ),

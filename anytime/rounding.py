@@ -34,6 +34,7 @@ def learn_rounding(
 
     def learn() -> dict[str, str]:
         units = reconstruct(net, chain, x, how, trainer.train_seed, reached, trainer.progress)
-        return {"reconstructed": f"{len(units)} units, {iterations} iterations each"}
+        took = sum(unit.seconds for unit in units)
+        return {"reconstructed": f"{len(units)} units, {iterations} iterations each, in {took:.0f} s"}
 
     return trainer.once(net.model, name, learn)

@@ -20,10 +20,13 @@ from anytime.errors import UsageError, near
 from anytime.gather import NAN as NAN
 from anytime.gather import Asked, Network, asked_of, gather, key_of, noisy, order, train_seed_of
 from anytime.gather import Row as Row
+from anytime.gather import absent as absent
 from anytime.gather import listed as listed
 from anytime.metrics import Interval, wilson
 from anytime.paired import Answered
+from anytime.rivals import Rivals
 from anytime.steps import steps
+from anytime.timed import mean_ms, ratios, times
 
 COLUMNS = listed(
     "exp model dataset backend execution policy arm budget board train_seeds n accuracy accuracy_lo accuracy_hi macs bops params "
@@ -36,12 +39,14 @@ COLUMNS = listed(
     "budget_violation_hi exit_flips_lo exit_flips_hi earlier_flips later_flips harmful_flips helpful_flips prediction_flips "
     "regret regret_lo regret_hi recovered area accuracy_at_macs accuracy_at_bops accuracy_at_ms gain gain_lo gain_hi bound floor "
     "step step_gain step_gain_lo step_gain_hi "
+    "rival rival_gain rival_gain_lo rival_gain_hi rival_time as_good as_good_time as_good_time_lo as_good_time_hi "
     "max_error max_error_share answers input_shape energy_mj "
     "board_accuracy board_agreement"
 )
 _WORDS = listed(
     "exp model dataset backend execution policy arm board train_seeds speedup_over status reason column currency exit_shares of "
-    "macs_by_bits worst_layer variant cell exclusions floor step input_shape nll_reached brier_reached ece_reached auroc_reached"
+    "macs_by_bits worst_layer variant cell exclusions floor step rival as_good input_shape nll_reached brier_reached ece_reached "
+    "auroc_reached"
 )
 _WHOLE = listed("n exit n_sessions n_timed seed")
 _TRUTH = listed("front simulated noisy reference bound")
@@ -50,17 +55,8 @@ _SCORED = listed(
     "spent_val budget_violation exit_flips earlier_flips later_flips harmful_flips helpful_flips prediction_flips regret area "
     "max_error max_error_share answers"
 )
-_TIMED = listed(
-    "latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_mean cpu_ms energy_mj own_latency_ms_p50 same_exits same_answers "
-    "board_accuracy board_agreement"
-)
 # Facts of a minute or of one network, not of a board.
 _FLEETING = ("noisy", "pressure", "waiting", "stopwatch", "load", "mhz", "interleaved", "first_answer_ms", "memory_mb")
-
-
-def absent(value: Any) -> bool:
-    """Whether a row says nothing here: None, NaN or pandas' NA."""
-    return value is None or value is pd.NA or value != value
 
 
 def rows(records_root: Path, exp: str) -> pd.DataFrame:
@@ -79,7 +75,8 @@ def rows(records_root: Path, exp: str) -> pd.DataFrame:
     a policy row says of params, bytes and agreement is the whole network's; what it says of decisions is explained by the
     glossary (metrics.METRICS), its limits are bootstrapped (one seed) or t-intervals over seeds. ``step`` names the one field
     in which the backend differs from another one of the experiment, which has it by default; ``step_gain`` is what that field
-    gives, paired (steps.py). ``bound``: a policy that no board can run; ``floor``: what flips come to without any compression,
+    gives, paired (steps.py); ``rival`` and ``as_good`` name networks without exits that a policy stands beside (rivals.py).
+    ``bound``: a policy that no board can run; ``floor``: what flips come to without any compression,
     by another engine or by training again. ``front``: see ``mark_front``; ``of`` names the fact that a row reports (eval,
     measure, decide, replay) or that its skip or fail stands in for; ``variant`` the fields in which cells of equal labels
     differ. ``attrs`` carry exp, question, troubles (a sentence per file that could not be used) and provenance (lines).
@@ -118,7 +115,7 @@ def mark_front(rows: Sequence[Row]) -> None:
     timed = {row["dataset"] for row in rows if not absent(row.get("latency_ms_p50"))}
     for row in rows:
         row["front"] = False
-        cost: Any = _mean_ms(row) if row["dataset"] in timed else row.get("macs")
+        cost: Any = mean_ms(row) if row["dataset"] in timed else row.get("macs")
         if not absent(cost) and not absent(row.get("accuracy")) and not row.get("bound"):
             places[row["dataset"], row["board"]].append((cost, row))
     for place in places.values():
@@ -136,7 +133,7 @@ class Fold:
     def __init__(self, networks: Sequence[Network], troubles: list[str]) -> None:
         self.networks, self.troubles = networks, troubles
         self.answered = Answered(troubles)
-        self.steps = steps(networks)
+        self.steps, self.rivals = steps(networks), Rivals(networks, self.answered)
         self.references: dict[tuple[str, str], Network] = {}
         self.statics: dict[tuple[str, str], list[Network]] = defaultdict(list)  # by the model that they are without its exits
         self.denominators: dict[tuple[str, str], list[tuple[Network, list[Row], str]]] = defaultdict(list)
@@ -167,10 +164,12 @@ class Fold:
             scored, timed = ("decide", "replay") if asked.exit is None else ("eval", "measure")
             row["reason"] = network.facts.get("unjudged", "") if points else f"the {scored} record is missing"
             for board in sorted(boards) or [asked.fitted_on]:
-                times = boards.get(board, [])
-                place = {"board": board, "of": timed if times else scored}
-                at_ms = self._at_ms(network, asked, board) if asked.exit is None else {}
-                yield row | _times(times) | place | self._speedup(network, board, times) | at_ms | unjudged(network)
+                timings = boards.get(board, [])
+                said = row | times(timings) | {"board": board, "of": timed if timings else scored}
+                said |= self._speedup(network, board, timings)
+                if asked.exit is None:
+                    said |= self._at_ms(network, asked, board) | self.rivals.of(network, asked, board)
+                yield said | unjudged(network)
         missed = defaultdict(set)
         for r in network.missed:
             missed[r.kind, r.of, r.board, " ".join(r.reason.split()), asked_of(r, r.facts)].add(train_seed_of(r))
@@ -190,10 +189,8 @@ class Fold:
         if base is None:
             return {}
         _, theirs, name = base
-        above, below = ms_by_session(theirs), ms_by_session(ours)
-        shared = sorted(above.keys() & below.keys() - {""}) or [""]
-        ratio = _mean(above[session] / below[session] for session in shared if below[session])
-        return {} if absent(ratio) else {"speedup": ratio, "speedup_over": name}
+        found = ratios(theirs, ours)
+        return {"speedup": _mean(found), "speedup_over": name} if found else {}
 
     def _at_ms(self, network: Network, asked: Asked, board: str) -> Row:
         base = self._base(network, board)
@@ -201,8 +198,8 @@ class Fold:
         if any(p.get("budgets_of") == "own" for p in network.scores.get(asked, {}).values()):
             whole = self._own_last_exit(network, board)
         exits = {a.exit: boards[board] for a, boards in network.times.items() if a.exit is not None and board in boards}
-        ms = {k: _mean_ms(_times(points)) for k, points in exits.items()}
-        return reading_ms(network, asked, ms, _mean_ms(_times(whole))) if whole and ms else {}
+        ms = {k: mean_ms(times(points)) for k, points in exits.items()}
+        return reading_ms(network, asked, ms, mean_ms(times(whole))) if whole and ms else {}
 
     def _own_last_exit(self, network: Network, board: str) -> list[Row]:
         """Times of the last exit of the same network in the reference's column, in the same execution if it was timed there."""
@@ -311,36 +308,6 @@ def _score(points: Sequence[Row]) -> Row:
 def _cut(interval: Interval) -> Interval:
     """To what a share can be."""
     return Interval(interval.value, max(0.0, interval.lo), min(1.0, interval.hi))
-
-
-def _times(points: Sequence[Row]) -> Row:
-    """Points of one or several sessions of measuring, pooled."""
-    if not points:
-        return {}
-    known = {name: [float(p[name]) for p in points if not absent(p.get(name))] for name in ("n", *_TIMED)}
-    row: Row = {name: statistics.median(known[name]) if known[name] else NAN for name in _TIMED}
-    sessions: dict[Any, list[float]] = defaultdict(list)  # a record without a session is one of its own
-    for i, p in enumerate(points):
-        if not absent(p.get("latency_ms_p50")):
-            sessions[p["session"] or i].append(float(p["latency_ms_p50"]))
-    p50s = [statistics.median(values) for values in sessions.values()]
-    if ran := [float(p["int8_macs_share"]) for p in points if not absent(p.get("int8_macs_share"))]:
-        row["int8_macs_share"] = statistics.median(ran)  # by an engine that only the board has
-    row |= {"latency_ms_spread": max(p50s) - min(p50s) if len(p50s) > 1 else NAN, "noisy": any(p["noisy"] for p in points)}
-    return row | {
-        "n_sessions": len({p["session"] or i for i, p in enumerate(points)}),
-        "n_timed": int(min((p.get("n_timed") or p["n"] for p in points if not absent(p.get("n"))), default=0)),
-    }
-
-
-def _mean_ms(row: Row) -> float:
-    return next((float(row[name]) for name in ("latency_ms_mean", "latency_ms_p50") if not absent(row.get(name))), NAN)
-
-
-def ms_by_session(points: Sequence[Row]) -> dict[str, float]:
-    """Session -> mean latency in it; "" -> that of all."""
-    sessions = {p["session"] for p in points} | {""}
-    return {session: _mean_ms(_times([p for p in points if session in ("", p["session"])])) for session in sessions}
 
 
 def provenance(networks: Sequence[Network]) -> list[str]:

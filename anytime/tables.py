@@ -13,6 +13,7 @@ import pandas as pd
 
 from anytime.conversions import HEADER, LEAD, conversions
 from anytime.decided import example
+from anytime.gather import LEFT_OUT
 from anytime.metrics import METRICS
 from anytime.rows import NAN, Row, absent, listed
 
@@ -33,6 +34,9 @@ _DECISIONS = listed(
     "gain regret recovered ece auroc"
 )
 _STEPS = listed("dataset network column execution policy budget step accuracy bops step_gain")
+_RIVALS = listed(
+    "dataset network column execution policy budget board accuracy latency_ms_mean rival rival_time rival_gain as_good as_good_time"
+)
 _CURVES = listed("network column execution policy budget board accuracy_at_macs accuracy_at_bops accuracy_at_ms area")
 _MISSED = listed("dataset network column backend of policy arm budget board train_seeds status reason")
 _TITLES = {
@@ -49,6 +53,11 @@ _TITLES = {
     "gain": "gain over the first policy (points) [95 %]",
     "step": "one field more",
     "step_gain": "what it gives (points) [95 %]",
+    "rival": "no slower without exits",
+    "rival_time": "its latency (x)",
+    "rival_gain": "its accuracy more (points) [95 %]",
+    "as_good": "as accurate without exits",
+    "as_good_time": "its latency (x) [sessions]",
     "regret": "regret (points) [95 %]",
     "accuracy_at_macs": "accuracy at equal MACs (%)",
     "accuracy_at_bops": "at equal BOPs (%)",
@@ -71,6 +80,7 @@ MARKS = {
     "†": "† scored with simulated arithmetic, never timed; its MB are its parameters at their true bit widths.",
     "~": "~ measured while other work kept the machine busy.",
 }
+LEFT = "Records left out, and why"
 BOUND = "‡ a bound: it uses what no board can know."
 PAIRED = (
     "Accuracy of the same network and exit in FP32 minus its accuracy here, paired over the test samples: points, two-sided 95 % "
@@ -81,6 +91,10 @@ PAIRED = (
 STEPS = (
     "Rows whose backend differs in one field from another row of the same network, exit or refitted policy, where that field is by "
     "default: accuracy here minus accuracy there, paired over the test samples."
+)
+RIVALS = (
+    "Beside each policy, on the same data, engine and arithmetic: the largest network without exits that takes no longer on average, and "
+    "the fastest that answers as much of the test part right. Latencies are multiples of the policy's."
 )
 
 
@@ -182,10 +196,12 @@ def _value(name: str, row: Row, notes: list[str]) -> str:
         return "" if absent(row["earlier_flips"]) else " + ".join(_say(f"{side}_flips", row[f"{side}_flips"]) for side in _SIDES)
     if name == "harm":
         return "" if absent(row["harmful_flips"]) else ", ".join(_say(f"{how}_flips", row[f"{how}_flips"]) for how in _HARMS)
-    if name in ("budget_violation", "exit_flips", "gain", "step_gain", "regret") and not absent(row[f"{name}_lo"]):
+    if name in ("budget_violation", "exit_flips", "gain", "step_gain", "rival_gain", "regret") and not absent(row[f"{name}_lo"]):
         sign = "" if name == "exit_flips" else "+"
         value, lo, hi = (f"{round(100 * row[name + limit], 2) + 0.0:{sign}.2f}" for limit in ("", "_lo", "_hi"))  # no -0.00
         return f"{value} [{lo}, {hi}]"
+    if name == "as_good_time" and not absent(row["as_good_time_lo"]):
+        return f"{row[name]:.2f} [{row['as_good_time_lo']:.2f}, {row['as_good_time_hi']:.2f}]"
     if name == "reason":
         return f"[{notes.index(row[name]) + 1}]" if row[name] else ""
     if name == "budget":
@@ -262,15 +278,15 @@ def pivots(rows: pd.DataFrame) -> Iterator[Section]:
 
 
 def warnings(rows: pd.DataFrame, where: str = "the Markdown table") -> Iterator[str]:
-    """Sentences of caution that stand above all; unreadable files are named at the end of ``where``."""
+    """Sentences of caution that stand above all; what could not be read is named at the end of ``where``."""
     done = rows[rows["status"] == "done"]
     n = min((seeds.count(",") + 1 for seeds in done["train_seeds"]), default=0)
     if n == 0:
         yield "No cell has finished yet."
     elif n < 5:
         yield f"n = {n} training seed{'s' if n > 1 else ''}, fewer than 5: not told from the luck of training."
-    if troubles := len(rows.attrs["troubles"]):
-        yield f"Unreadable files: {troubles}; the end of {where} names them."
+    if unread := sum(LEFT_OUT not in trouble for trouble in rows.attrs["troubles"]):
+        yield f"Unreadable files: {unread}; the end of {where} names them."
 
 
 def sections(rows: pd.DataFrame) -> Iterator[Section]:
@@ -297,6 +313,9 @@ def sections(rows: pd.DataFrame) -> Iterator[Section]:
         shown = [row for row in policies if row["arm"] == "refitted" or absent(row["regret"])]  # what is left out, is told below
         bounds = [BOUND] if any(row["bound"] for row in policies) else []
         yield _section("Policies", shown, _POLICIES, notes)._replace(notes=bounds)
+        beside = [row for row in shown if row["rival"] or row["as_good"]]
+        if beside:
+            yield _section("Or a network without exits", beside, _RIVALS, notes)._replace(lead=RIVALS)
         yield from list(_decisions(policies, notes)) or _kept(policies)
     if notes:
         numbered = [f"[{i}] {note}" for i, note in enumerate(notes, 1)]

@@ -33,6 +33,7 @@ THEIRS = (
     tuple(OrtQuantizer(observer=o, per_channel=c) for o in ("minmax", "percentile") for c in (False, True)),
     tuple(NNCF(ranges=r, fast_bias_correction=f) for r in ("mean_minmax", "histogram") for f in (True, False)),
 )
+TORCHAO = tuple(TorchAO(own_relus=True, observer=o, reduce_range=r) for o in ("histogram", "minmax") for r in (False, True))
 
 EXPERIMENT = Experiment(
     name="ptq_grid",
@@ -65,6 +66,8 @@ EXPERIMENT = Experiment(
         PTQ(2, 4, rounding="qdrop", add_bits=8),
         PTQ(4, 8, reestimate_bn=True),
         PTQ(4, 8, reestimate_bn=True, correct_bias=True),
+        Tuned(TORCHAO),
+        PTQ(4, 8, observer="minmax"),
     ),
     policies=(),
     budgets=(),

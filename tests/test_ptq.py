@@ -1,6 +1,7 @@
 """The steps of post-training quantization, in their order, as one backend."""
 
 import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from anytime.errors import Collapsed, Unsupported, UsageError
 from anytime.model import AnytimeModel
 from anytime.policies.confidence import MaxProb
 from anytime.quant.bias import reestimate_bn
+from anytime.quant.fake import FakeQuant
 from anytime.quant.graph import prepared
 from anytime.quant.trace import traced
 from anytime.reach import Reach
@@ -84,9 +86,37 @@ def test_what_statistics_anew_cannot_go_with():
         PTQ(4, 8, reestimate_bn=True).compress(trained(Restarting()), data().calib, trainer())
 
 
+def test_a_stage_is_calibrated_on_the_samples_that_reach_it(monkeypatch):
+    """The saboteur: images three times as bright, all of which leave at the first exit."""
+    calib, minmax = data().calib, PTQ(observer="minmax")
+    x = calib.x * torch.where(torch.arange(len(calib)) % 2 == 0, 3.0, 1.0).view(-1, 1, 1, 1)
+    monkeypatch.setattr(Reach, "of", lambda *_: np.arange(len(calib)) % 2 * 2)
+
+    def scales(made, rows):
+        twin = made.compress(trained(), replace(calib, x=x[rows], y=calib.y[rows]), trainer()).twin
+        return {q.name: float(q.scale) for q in twin.modules() if isinstance(q, FakeQuant)}
+
+    got = scales(replace(minmax, reach=Reach(MaxProb(), 0.8)), slice(None))
+    first, deeper = scales(minmax, slice(None)), scales(minmax, slice(1, None, 2))
+    assert all(first[name] > 1.5 * deeper[name] for name in got)
+    assert got == pytest.approx({name: (first if ".0:" in name else deeper)[name] for name in got}, rel=1e-5)
+
+
+def test_samples_that_do_not_reach_a_stage_change_nothing_in_it(monkeypatch):
+    """Neither ranges, roundings nor biases. The saboteur: other pixels where only the first stage looks; the second begins anew."""
+    calib = data().calib
+    monkeypatch.setattr(Reach, "of", lambda *_: np.arange(len(calib)) % 2)
+    made = PTQ(4, 8, observer="minmax", rounding="adaround", iterations=5, correct_bias=True, reach=Reach(MaxProb(), 0.8))
+    other = calib.x.clone()
+    other[::2] = 3 * other[::2].flip(3)
+    a, b = (made.compress(trained(Restarting()), replace(calib, x=x), trainer()).twin.state_dict() for x in (calib.x, other))
+    moved = {key for key in a if not torch.equal(a[key], b[key])}
+    assert {key.split(".")[1] for key in moved} == {"0"} and {key.split(".")[-1] for key in moved} >= {"scale", "weight", "bias"}
+
+
 def test_records_can_say_what_was_done():
     net = STEPS["everything"].compress(trained(), data().calib, trainer())
-    assert net.facts["reconstructed"].endswith("20 iterations each") and int(net.facts["biases corrected"]) > 0
+    assert re.search(r" 20 iterations each, in \d+ s$", net.facts["reconstructed"]) and int(net.facts["biases corrected"]) > 0
     assert "pairs of layers" in net.facts["equalized"] and set(net.sqnr) == set(net.bits)
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
 from anytime.models.branchynet import BAlexNet, BLeNet
-from anytime.quant import graph
-from anytime.quant.fake import FakeQuant, QConv2d, on_grid
+from anytime.quant import graph, ranges
+from anytime.quant.fake import FakeQuant, QConv2d, QLinear, on_grid
 from anytime.quant.graph import Widths, prepared, quantized, traced
 from anytime.quant.ranges import (
     BINS,
@@ -95,6 +95,28 @@ def test_the_straight_through_gradient_is_one_inside_and_zero_outside():
     assert x.grad.tolist() == [0, 0, 1, 1, 0]  # at 0 itself the ReLU before decides: 0
 
 
+def test_of_a_grid_with_negative_values_both_ends_reach_half_a_step_out():
+    q = FakeQuant(3, signed=False)
+    q.set(Grid(0.5, 4, 0, 7))  # -2 ... 1.5
+    x = torch.tensor([-2.5, -2.3, -2.2, 1.7, 1.8, 2.0], requires_grad=True)
+    q(x).backward(torch.arange(1.0, 7.0))
+    assert x.grad.tolist() == [0, 0, 3, 4, 0, 0]
+
+
+def test_the_straight_through_gradient_of_weights_by_hand():
+    """A weight learns where it rounds to an integer of its grid, and at the edges, half a step out, still does."""
+    steps = torch.tensor([-6.0, -4.5 - 2**-8, -4.5, -4.0, 0.25, 3.0, 3.5, 3.5 + 2**-8, 5.0])
+    q = QLinear(nn.Linear(9, 2), 3)
+    scales = torch.tensor([0.5, 4.0])
+    q.weight.data = scales[:, None] * steps
+    q.weight_scale.copy_(scales)
+    q.weight_qmin, q.on = -4, True  # as of a learner that settled on a wider grid
+    y, g = q.rounded(), torch.arange(1.0, 19.0).view(2, 9)
+    y.backward(g)
+    assert torch.equal(y, scales[:, None] * torch.tensor([-4.0, -4, -4, -4, 0, 3, 3, 3, 3]))
+    assert torch.equal(q.weight.grad, g * torch.tensor([0, 0, 1, 1, 1, 1, 1, 0, 0]))
+
+
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=50), st.sampled_from([2, 3, 4, 8, 16]), st.booleans())
 def test_rounding_is_torchs_own(values, bits, signed):
     x = torch.tensor(values)
@@ -117,6 +139,17 @@ def test_percentile_cuts_the_tail():
     assert g.scale * 255 == pytest.approx(1.0, abs=50 / BINS)
     signed = activation_grid(seen(np.concatenate([x, -x])), "percentile", 8, signed=True, percentile=99.9)
     assert signed.scale * 127 == pytest.approx(1.0, abs=50 / BINS)
+
+
+@pytest.mark.parametrize("n, asked", [(10_000, {"percentile": 99.9}), (100_000, {})], ids=["99.9", "99.99 unless asked"])
+def test_percentile_by_hand(n, asked):
+    """10 of n values may be cut from either tail: of 4 + 8 the 4 go and the 8 stay, which end in the bin from 5 and the one to -3."""
+    ends = np.repeat([8.0, -8.0, 5 + 1 / 256, -3 - 1 / 256], [4, 4, 8, 8])  # bins of 1/128, their middles
+    h = seen(np.concatenate([ends, np.linspace(-1, 1, n - len(ends))]))
+    low, high = -3 - 1 / 128, 5 + 1 / 128
+    assert activation_grid(h, "percentile", 8, signed=False, **asked) == affine(low, high, 8)
+    # Of |x| the 4 + 4 at 8 go; its bins are of 1/256.
+    assert activation_grid(h, "percentile", 8, signed=True, **asked) == symmetric(high, 8, narrow=False)
 
 
 @settings(deadline=None, max_examples=20)
@@ -182,13 +215,36 @@ def test_one_pass_or_two_see_the_same(monkeypatch, reached):
     assert not any(h.counts.any() for h in net.observe(x, reached, values=False).values())
 
 
-def test_of_a_large_tensor_every_eleventh_value_is_kept():
-    x = torch.randn(2, MANY)
+def test_of_large_samples_every_eleventh_value_is_kept_and_counts_eleven_times():
+    x = torch.randn(2, MANY + 1)
     h = Histogram(keep=True)
     h.see_extremes(x)
-    assert h.n_kept == -(-2 * MANY // 11) and h.high == float(x.max())
+    assert h.n_kept == -(-2 * (MANY + 1) // 11) and h.high == float(x.max())
     h.count()
-    assert np.array_equal(h.counts, torch.histc(x.flatten()[::11], BINS, h.low, h.high).numpy())
+    assert np.array_equal(h.counts, 11 * torch.histc(x.flatten()[::11], BINS, h.low, h.high).numpy())
+
+
+@pytest.mark.parametrize("size", [MANY // 2, MANY + 1])
+def test_a_sample_weighs_the_same_however_few_came_along(size):
+    """The saboteur: thinned by the size of a batch, of which what is left at a late stage is now above the limit and now below."""
+    some, others = torch.zeros(60, size), torch.ones(4, size)
+    h = Histogram()
+    for x in (some, others):
+        h.see_extremes(x)
+    for x in (some, others):
+        h.see_values(x)
+    assert h.counts[-1] / h.counts.sum() == pytest.approx(4 / 64, rel=0.01)
+    assert h.counts.sum() == pytest.approx(64 * size, rel=0.01)
+
+
+def test_moving_average_by_hand():
+    """A tenth of each batch of 32; of 16 samples that are left, half of that."""
+    h = Histogram()
+    for n, high in ((32, 10.0), (32, 20.0), (16, 31.0)):
+        h.see_extremes(torch.linspace(-high / 10, high, n)[:, None])
+    assert h.moving == (pytest.approx(-1.1 + 0.05 * (1.1 - 3.1)), pytest.approx(11.0 + 0.05 * (31 - 11)))
+    grid = activation_grid(h, "moving", 8, signed=False)
+    assert grid.scale == pytest.approx((12.0 + 1.2) / 255)
 
 
 def test_of_channels_that_eleven_divides_none_is_missed():
@@ -196,8 +252,9 @@ def test_of_channels_that_eleven_divides_none_is_missed():
     x[:, 5] = 100.0
     h = Histogram(keep=True)
     h.see_extremes(x)
+    assert h.n_kept == -(-x.numel() // 13)
     h.count()
-    assert h.counts[-1] == pytest.approx(len(x) * 64 / 13, rel=0.02), "13th values"
+    assert h.counts[-1] == pytest.approx(len(x) * 64, rel=0.02), "13th values"
 
 
 def reference_entropy_amax(counts, amax, levels):
@@ -227,6 +284,22 @@ def test_entropy_against_plain_loops():
     rng = np.random.default_rng(1)
     counts = np.histogram(np.abs(rng.standard_t(4, 20_000)), 64)[0]
     assert entropy_amax(counts, 10.0, 16) == pytest.approx(reference_entropy_amax(counts, 10.0, 16))
+
+
+def test_entropy_spends_a_bit_on_the_sign(monkeypatch):
+    """|x| has 2^bits levels where nothing is negative and the integers are unsigned, else half of them."""
+    monkeypatch.setattr(ranges, "BINS", 64)  # plain loops are slow
+    x = np.abs(np.random.default_rng(0).standard_t(4, 20_000)).astype(np.float32)
+    both = np.where(np.arange(len(x)) % 2, x, -x / 10)
+
+    def amax(of, levels):
+        of = np.abs(of)
+        return reference_entropy_amax(np.histogram(of, 64, (0, of.max()))[0], float(of.max()), levels)
+
+    assert amax(x, 16) > amax(x, 8) and amax(both, 16) > amax(both, 8) > -both.min()
+    assert activation_grid(seen(x), "entropy", 4, signed=False) == affine(0, amax(x, 16), 4)
+    assert activation_grid(seen(x), "entropy", 4, signed=True) == symmetric(amax(x, 8), 4, narrow=False)
+    assert activation_grid(seen(both), "entropy", 4, signed=False) == affine(float(both.min()), amax(both, 8), 4)
 
 
 def test_entropy_saturates_an_outlier():

@@ -30,6 +30,7 @@ from anytime import figures, report
 from anytime.decided import over_seeds
 from anytime.errors import UsageError, WriteError
 from anytime.metrics import METRICS, paired_loss, wilson
+from anytime.page import page
 from anytime.record import load, newest
 from anytime.rows import COLUMNS, mark_front
 from anytime.tables import pivot
@@ -400,9 +401,29 @@ def test_what_cannot_be_read_is_a_sentence_and_the_rest_stays(to: Maker, what: s
     (trouble,) = rows.attrs["troubles"]
     assert "read" in trouble or "lacks" in trouble
     assert str(to.folder) not in trouble, "where the checkout lies is no part of a committed table"
-    assert trouble in report.show(rows, "md").partition("## Unreadable records")[2]
+    assert trouble in report.show(rows, "md").partition("## Records left out, and why")[2]
+    assert "Unreadable files: 1" in report.show(rows)
     assert len(pick(rows, backend="FP32")) == 3, "its neighbours are whole"
     assert len(pick(rows, backend="PTQ")) == {"points": 2, "exits": 1}.get(what, 3)
+
+
+def test_what_was_read_and_gave_way_is_named_with_its_reason_and_is_not_called_unreadable(to: Maker) -> None:
+    """Other numbers of one fact, times of a network that is another now, and other labels than the reference was asked of."""
+    Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)])
+    cell = Cell(to, 1, "B-LeNet", "PTQ", "INT8 PTQ", "fake-quant").eval([first(8), first(4)], 8).measure(0.5, 1.0)
+    cell.eval([first(8), first(5)], 8)
+    npz = max(to.folder.glob("*.npz"))
+    with np.load(npz) as file:
+        said = dict(file)
+    np.savez(npz, **said | {"labels": said["labels"][::-1], "argmax": said["argmax"][:, ::-1]})
+    rows = rows_of(to)
+    assert len(rows.attrs["troubles"]) == 3
+    for text in (report.show(rows), report.show(rows, "md"), page(rows, to.folder.parent, to.folder, to.folder)):
+        assert "nreadable" not in text
+    for trouble in rows.attrs["troubles"]:
+        assert " left out: " in trouble and trouble in report.show(rows, "md").partition("## Records left out, and why")[2]
+    (to.folder / "torn.json").write_text("{")
+    assert "Unreadable files: 1; " in report.show(rows_of(to))
 
 
 # Decisions -------------------------------------------------------------------------------------------------------
@@ -636,7 +657,7 @@ def test_every_board_has_a_pivot_of_its_own(to: Maker) -> None:
 def test_every_markdown_table_has_as_many_cells_in_every_line(golden: pd.DataFrame) -> None:
     text = report.show(golden, "md")
     tables = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
-    assert len(tables) == 7
+    assert len(tables) == 8
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     assert text.startswith("# golden\n\nDoes a quantized early-exit network")

@@ -16,6 +16,7 @@ from anytime.errors import Infeasible, Unsupported, UsageError
 from anytime.model import AnytimeModel
 from anytime.quant.diagnose import diagnosed
 from anytime.quant.graph import Widths, quantized
+from anytime.quant.place import left_out
 from anytime.quant.ranges import NEEDS_VALUES, Observer
 from anytime.quant.search import Allocation, Choices, choices, divergence, sensitivities
 from anytime.quant.trace import traced
@@ -39,6 +40,7 @@ class MixedPrecision(Backend):
     other than to nearest is learned in ``iterations`` a unit, as PTQ does, on the samples that calibrate (anytime/rounding.py).
     ``edge_bits``: layers that read the image and each head's last one, fixed where no candidate is wider, chosen too where none is
     narrower. ``add_bits``: tensors that an addition or a pooling reads too; layers that want fewer round them once more.
+    ``keep_float``: layers left out, by path; for "s8s8" TensorRT's own exclusions too.
     Source: this project; sensitivities and program as quant/search.py says.
     """
 
@@ -86,7 +88,8 @@ class MixedPrecision(Backend):
             raise Unsupported("MixedPrecision chooses bits on the tune part and there is none: give the data set a larger tune")
         reached = None if self.reach is None else self.reach.estimate(model, calib)
         float_chain = traced(model)
-        nets = [quantized(float_chain, self._widths(width), target, self.keep_float) for width in self.candidates]
+        floats = left_out(float_chain, self.keep_float, target)
+        nets = [quantized(float_chain, self._widths(width), target, floats) for width in self.candidates]
         last = None if reached is None else torch.from_numpy(reached.last)
         seen = nets[0].observe(calib.x, last, values=self.observer in NEEDS_VALUES)
         for net in nets:
@@ -106,7 +109,7 @@ class MixedPrecision(Backend):
         bound = None if self.bops is not None else chosen.distortion(nets[self.candidates.index(self.like)].bits)
         allocation = self._search(chosen, counted, bound)
         solved = perf_counter()
-        net = quantized(float_chain, self._widths(self.candidates[0], allocation.bits), target, self.keep_float)
+        net = quantized(float_chain, self._widths(self.candidates[0], allocation.bits), target, floats)
         net.calibrate(seen, self.observer, self.weight_observer)
         net.check_coverage()
         # The bits too: another machine may choose others.

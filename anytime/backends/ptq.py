@@ -18,6 +18,7 @@ from anytime.quant.bias import correct_bias, reestimate_bn
 from anytime.quant.diagnose import diagnosed
 from anytime.quant.equalize import equalize
 from anytime.quant.graph import quantized
+from anytime.quant.place import left_out
 from anytime.quant.ranges import NEEDS_VALUES
 from anytime.quant.trace import traced
 from anytime.reach import Reach
@@ -79,7 +80,7 @@ class PTQ(IntegerBackend):
             done = equalize(chain)
             facts["equalized"] = f"{len(done.pairs)} pairs of layers; the outputs of {len(done.refused)} layers could not be"
         reached = None if self.reach is None else torch.from_numpy(self.reach.of(model, calib))
-        net = quantized(chain, self.widths, target, self.exclusions(chain, target), fold_bn=not self.reestimate_bn)
+        net = quantized(chain, self.widths, target, left_out(chain, self.keep_float, target), fold_bn=not self.reestimate_bn)
         seen = net.observe(calib.x, reached, values=self.observer in NEEDS_VALUES)
         net.calibrate(seen, self.observer, self.weight_observer)
         net.check_coverage()

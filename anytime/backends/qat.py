@@ -18,6 +18,7 @@ from anytime.model import AnytimeModel
 from anytime.quant.diagnose import diagnosed
 from anytime.quant.graph import prepared
 from anytime.quant.learned import Method, learn
+from anytime.quant.place import left_out
 from anytime.quant.trace import traced
 from anytime.spec import key
 from anytime.train import TUNE_LR_SCALE, Trainer
@@ -61,8 +62,8 @@ class QAT(IntegerBackend):
         return f"{super().column} ({', '.join(said)})" if said else super().column
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
-        left_out = self.exclusions(traced(model), target)
-        net = prepared(model, calib.x, self.widths, target, self.observer, self.weight_observer, left_out, self.fold_bn)
+        floats = left_out(traced(model), self.keep_float, target)
+        net = prepared(model, calib.x, self.widths, target, self.observer, self.weight_observer, floats, self.fold_bn)
         learn(net, self.learns, self.learn_8bit)
         student = _Taught(net.model, model) if self.teach else net.model
         name = f"{key(self)}-{target}"
@@ -73,8 +74,9 @@ class QAT(IntegerBackend):
         net.model.trained_on = student.trained_on
         deployable = fake_quant_net(net, target)
         diagnosed(deployable.twin, traced(model), calib.x[:256], calib.y[:256])  # noise is none of its training's: not kept
-        if computed := trainer.said(name).get("precision"):
-            deployable.facts["trained_in"] = computed
+        said = trainer.said(name)
+        facts = {"trained_in": said.get("precision"), "trained_s": said.get("wall_s")}  # of all sessions that it took
+        deployable.facts |= {fact: value for fact, value in facts.items() if value}
         return deployable
 
     def _freeze(self, model: AnytimeModel, done: float) -> None:

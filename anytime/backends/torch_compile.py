@@ -53,6 +53,8 @@ class TorchCompile(Backend):
 class CompiledNet(TorchNet):
     """Two compiled functions per segment: for batch 1, and for every other batch."""
 
+    devices = ("cpu",)
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._compiled: dict[tuple[Segment, bool], Callable[[Any], Any]] = {}

@@ -232,6 +232,11 @@ class Placement:
             self.sources[full] = g.get_submodule(own[read, bits])  # type: ignore[assignment]
 
 
+def left_out(model: AnytimeModel, keep_float: tuple[str, ...], target: Target) -> tuple[str, ...]:
+    """Layers of a traced chain left in float: ``keep_float``, and for "s8s8" what TensorRT runs faster so."""
+    return tuple(dict.fromkeys((*keep_float, *(tensorrt_exclusions(model) if target == "s8s8" else ()))))
+
+
 def tensorrt_exclusions(model: AnytimeModel) -> tuple[str, ...]:
     """Layers of a traced chain that are faster in TensorRT left out of INT8, by path.
 

@@ -15,7 +15,7 @@ Observer = Literal["minmax", "moving", "percentile", "mse", "entropy"]
 NEEDS_VALUES = ("percentile", "mse", "entropy")  # the others only ask for extremes
 BINS = 2048  # TensorRT's
 MOVING_BATCH, MOVING_SHARE = 32, 0.1  # "moving": how many samples make a batch, and what share of the average a new one takes
-MANY = 1 << 18  # values of a batch from which on a histogram takes a part of them
+MANY = 1 << 12  # values of a sample from which on a histogram takes a part of them
 TINY = 1e-30  # a range under this is nothing but zeros: its step would not be a normal float32
 
 
@@ -36,7 +36,7 @@ class Histogram:
     """
 
     def __init__(self, keep: bool = False) -> None:
-        self.kept: list[Tensor] | None = [] if keep else None
+        self.kept: list[tuple[Tensor, int]] | None = [] if keep else None
         self.low, self.high = np.inf, -np.inf
         self.moving: tuple[float, float] | None = None  # moving average of the batches' extremes
         self.counts = np.zeros(BINS)  # over [low, high]
@@ -55,32 +55,34 @@ class Histogram:
         for some_lows, some_highs in zip(torch.split(lows, MOVING_BATCH), torch.split(highs, MOVING_BATCH), strict=True):
             new = float(some_lows.min()), float(some_highs.max())
             old = self.moving or new
-            self.moving = (old[0] + MOVING_SHARE * (new[0] - old[0]), old[1] + MOVING_SHARE * (new[1] - old[1]))
+            share = MOVING_SHARE * len(some_lows) / MOVING_BATCH  # where few samples come this far a batch may be one of them
+            self.moving = (old[0] + share * (new[0] - old[0]), old[1] + share * (new[1] - old[1]))
         if self.kept is not None:
-            self.kept.append(_thinned(x).clone())
+            values, step = _thinned(x)
+            self.kept.append((values.clone(), step))
 
     def see_values(self, x: Tensor) -> None:
         """Second pass."""
-        self._count(_thinned(x))
+        self._count(*_thinned(x))
 
     def count(self) -> None:
         """In place of the second pass: the same values, if all were kept."""
-        for values in self.kept or ():
-            self._count(values)
+        for values, step in self.kept or ():
+            self._count(values, step)
         self.kept = None
 
-    def _count(self, x: Tensor) -> None:
+    def _count(self, x: Tensor, step: int) -> None:
         if self.high > self.low:
-            self.counts += _binned(x, self.low, self.high)
+            self.counts += step * _binned(x, self.low, self.high)
         if self.low == 0:
             self.abs_counts = self.counts  # the same bins
         elif self.amax > 0:
-            self.abs_counts += _binned(x.abs(), 0.0, self.amax)
+            self.abs_counts += step * _binned(x.abs(), 0.0, self.amax)
 
     @property
     def n_kept(self) -> int:
         """How many values it holds."""
-        return sum(len(values) for values in self.kept or ())
+        return sum(len(values) for values, _ in self.kept or ())
 
     @property
     def amax(self) -> float:
@@ -100,11 +102,15 @@ def _in_memory_order(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1) if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x
 
 
-def _thinned(x: Tensor) -> Tensor:
-    """Flat; of a large tensor every 11th value, or another prime that does not divide the channels: it would always meet the same."""
+def _thinned(x: Tensor) -> tuple[Tensor, int]:
+    """Flat; of large samples every 11th value, or another prime that does not divide the channels: it would always meet the same.
+
+    And the step, to count each value so many times: every sample weighs alike, however few came this far in its batch, and so does every
+    tensor of a grid that several share.
+    """
     x = _in_memory_order(x)
-    step = next((prime for prime in (11, 13, 17, 19) if x.shape[-1] % prime), 1)
-    return x.reshape(-1)[::step] if x.numel() > MANY else x.reshape(-1)
+    step = next((prime for prime in (11, 13, 17, 19) if x.shape[-1] % prime), 1) if x.shape[1:].numel() > MANY else 1
+    return x.reshape(-1)[::step], step
 
 
 def _binned(x: Tensor, low: float, high: float) -> Floats:
