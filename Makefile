@@ -65,8 +65,8 @@ export: $(BIN)/.installed ## write the network CELL (a key, or EXP and words of 
 notebooks: $(BIN)/.installed-test ## execute the notebooks and write what they give
 	$(BIN)/python notebooks/execute.py
 
-zoo: $(BIN)/.installed ## keep the networks that EXP has trained in results/zoo
-	@$(ANYTIME) zoo '$(EXP)' $(COMMON)
+zoo: $(BIN)/.installed ## keep the networks that EXP has trained in results/zoo; ONLY="words or key" the one of that row
+	@$(ANYTIME) zoo '$(EXP)' $(COMMON) $(if $(ONLY),--only $(call quoted,$(ONLY)))
 
 clean-cache: $(BIN)/.installed ## say how large the cache is; YES=1 deletes it
 	@$(ANYTIME) clean-cache --results '$(RESULTS)' $(if $(call on,$(YES)),--yes)

@@ -87,6 +87,16 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--format", default="md,csv,tex", metavar="F", help=f"of {', '.join(FORMATS)}; several with commas"
             )
+        if name == "zoo":
+            command.add_argument(
+                "--only",
+                action="append",
+                nargs="+",
+                default=[],
+                metavar="WORD",
+                dest="networks",
+                help="one network, by words of its row or by the key of its uncompressed row, without its twin; may be repeated",
+            )
         if name == "run":
             command.add_argument("--force", action="store_true", help="run finished work again")
             command.add_argument(
@@ -108,7 +118,12 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
         help="the beginning of its key (column cell of a table's CSV), or EXP and words of its row",
     )
     command.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write, or file with --single-file")
-    command.add_argument("--policy", metavar="NAME", help="one of the experiment's; default: the last exit, or your own choice")
+    command.add_argument(
+        "--policy",
+        metavar="NAME",
+        help="one of the experiment's; default: every exit is written, for a policy that load is given; without one it answers "
+        "at the last exit, and a folder's other heads run for nothing",
+    )
     command.add_argument("--budget", type=float, metavar="B", help="the policy's, one of the experiment's")
     command.add_argument("--single-file", action="store_true", help="one ONNX with the policy inside, for plain onnxruntime")
 
@@ -340,10 +355,18 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _zoo(args: argparse.Namespace) -> int:
+    import shlex
+    from dataclasses import replace
+
+    from anytime.cells import find_cell
     from anytime.find import experiment
     from anytime.zoo import add
 
-    for path in add(experiment(args.experiment, args.sets), args.results):
+    exp = experiment(args.experiment, args.sets)
+    floats = replace(exp, backends=(exp.reference_backend,))  # one cell a training
+    only = [find_cell(" ".join(words).split(), exp=floats)[1] for words in args.networks]
+    command = shlex.join(["make", "exp", f"EXP={args.experiment}", *([f"SET={' '.join(args.sets)}"] if args.sets else [])])
+    for path in add(exp, args.results, only, command):
         if not args.quiet:
             print(f"{path.stat().st_size / 1e6:6.2f} MB  {path}")
     return 0

@@ -77,11 +77,17 @@ class Joint(Loss):
 class FrozenTrunk(Loss):
     """Only the side heads learn; trunk and last head stay as they are, BatchNorm statistics too (IC-only).
 
-    A network of one exit learns whole, from its labels: with ``start`` "static" that is the trunk's own training.
+    A network of one exit learns whole, from its labels: with ``start`` "static" that is the trunk's own training. UsageError for
+    a trunk that nothing has trained.
     Source: SDN, Kaya et al., ICML 2019, arXiv:1810.07052, section 4.2.
     """
 
     def begin(self, model: AnytimeModel) -> None:
+        if _trunk(model) and not model.trained_on:
+            raise UsageError(
+                "FrozenTrunk teaches side heads alone, and nothing has trained the trunk that they stand on: "
+                "begin from one that is trained, with recipe.start='static', or take another loss"
+            )
         for part in _trunk(model):
             part.requires_grad_(False)
 
@@ -120,7 +126,9 @@ class TrunkThenJoint(Loss):
 class Rising(Loss):
     """The last exit with weight 1, side exits with weights that rise over the training to 0.15, 0.3, ... 0.9.
 
-    tau_i = min(C_i, 0.01 + done * C_i), C spread evenly up to ``most`` over the side exits.
+    tau_i = min(C_i, 0.01 + done * C_i), C spread evenly up to ``most`` over the side exits. Deviation: with fewer than six side
+    exits the authors take the first of 0.15, 0.3, ... 0.9 (MobileNet's five end at 0.75); they count epochs from 1, here ``done``
+    begins at 0.
     Source: SDN, Kaya et al., ICML 2019, arXiv:1810.07052, section 4.2 and the authors' aux_funcs.py (100 epochs, six side exits).
     """
 

@@ -143,6 +143,7 @@ class Trainer:
         precision: Literal["fp32", "bf16"] | None = None,
         loss: Loss | None = None,
         each_epoch: Callable[[AnytimeModel, float], None] | None = None,
+        facts: dict[str, str] | None = None,
     ) -> AnytimeModel:
         """Train in place, on the recipe's device, and return the model on the CPU in eval mode.
 
@@ -150,7 +151,8 @@ class Trainer:
         is equal to the uninterrupted run's weights bit by bit on the same CPU and thread count.
         With ``epochs`` a network that is trained already goes on for so many, at ``lr_scale`` times the recipe's learning rates
         and under its loss as it is at the end of a training. ``each_epoch`` is called in training mode with the share of the
-        epochs that is done. What is given here instead of the recipe's must be named by ``name``.
+        epochs that is done. What is given here instead of the recipe's must be named by ``name``. ``facts`` are what its weights
+        shall say beside their own ``wall_s``, ``device`` and ``precision``.
         Raises Diverged on a loss or on weights that are not finite.
         """
         recipe = replace(
@@ -166,12 +168,12 @@ class Trainer:
         )
         ended = epochs is not None
         if self.folder is None:
-            _run(model, recipe, self, name, None, each_epoch, ended)
+            _run(model, recipe, self, name, None, each_epoch, ended, {})
         else:
             place = self.folder / self.place(name)
             with locked(place):
                 if not self._load_finished(model, name):
-                    _run(model, recipe, self, name, place, each_epoch, ended)
+                    _run(model, recipe, self, name, place, each_epoch, ended, facts or {})
         return model.eval()
 
     def once(self, model: AnytimeModel, name: str, change: Callable[[], dict[str, str]]) -> dict[str, str]:
@@ -198,7 +200,8 @@ class Trainer:
         return None if said is None else float(said)
 
     def said(self, name: str = "base") -> dict[str, str]:
-        """What the finished training of this name says of itself (wall_s, device, precision); empty where nothing tells."""
+        """What the finished training of this name says of itself (wall_s, device, precision, and trunk_wall_s where it began
+        from a trunk); empty where nothing tells."""
         found = self.finished(name)
         if not found:
             return {}
@@ -222,7 +225,7 @@ class Trainer:
 
 def _run(
     model: AnytimeModel, recipe: Recipe, trainer: Trainer, name: str, place: Path | None,
-    each_epoch: Callable[[AnytimeModel, float], None] | None, ended: bool,
+    each_epoch: Callable[[AnytimeModel, float], None] | None, ended: bool, facts: dict[str, str],
 ) -> None:  # fmt: skip
     """``ended``: the loss's own schedule is over, as it is where a trained network is trained on."""
     x, y = trainer.train.x, trainer.train.y  # stay on the host, and augmentation does: batches are moved
@@ -310,7 +313,7 @@ def _run(
     if place is not None:
         wall_s = f"{spent + time.perf_counter() - started:.1f}"
         said = {"wall_s": wall_s, "device": _device_name(device), "precision": ", then ".join(computed)}
-        save_weights(model, place / "weights.safetensors", said)
+        save_weights(model, place / "weights.safetensors", facts | said)
         (place / "checkpoint.pt").unlink(missing_ok=True)
 
 

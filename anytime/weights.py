@@ -30,14 +30,20 @@ def save_weights(model: AnytimeModel, path: Path, facts: dict[str, str] | None =
 
 
 def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
-    """Load what ``save_weights`` wrote, strictly, and return its facts. CorruptFile when a byte differs."""
+    """Load what ``save_weights`` wrote, strictly, and return its facts. CorruptFile when a byte differs.
+
+    In a zoo the manifest must name them too: whoever changes a file can write a new digest beside it.
+    """
     fix = "delete it and run again"
     try:
         body, wanted = path.read_bytes(), path.with_suffix(".sha256").read_text().strip()
     except OSError as error:
         raise CorruptFile(f"the weights {path} cannot be read ({first_line(error)}): {fix}") from error
-    if sha256(body).hexdigest() != wanted:
+    digest = sha256(body).hexdigest()
+    if digest != wanted:
         raise CorruptFile(f"the weights {path} are not as they were written (sha256 differs): {fix}")
+    if _listed(path) not in (digest, None):
+        raise CorruptFile(f"the weights {path} are not those that the manifest.json beside them names (by sha256): {fix}")
     size = int.from_bytes(body[:8], "little")
     meta: dict[str, str] = json.loads(body[8 : 8 + size]).get("__metadata__", {})
     given = safetensors.torch.load(body)
@@ -49,6 +55,17 @@ def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
         raise CorruptFile(f"the weights {path} do not fit the network ({which}): {fix}") from error
     model.trained_on = frozenset(json.loads(meta.pop("trained_on", "[]")))
     return meta
+
+
+def _listed(path: Path) -> str | None:
+    """The sha256 that a zoo's manifest has for this file, "" where it has none; None where no manifest lies beside it."""
+    manifest = path.with_name("manifest.json")
+    try:
+        return str(json.loads(manifest.read_text()).get(path.stem, {}).get("sha256", ""))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorruptFile(f"{manifest} cannot be read ({first_line(error)}): restore it") from error
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

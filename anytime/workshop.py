@@ -88,12 +88,14 @@ class Workshop:
             if not net.trained_on:
                 reestimate_bn(net, self.data(data, seed).train.x, batch=32)
             return net.eval()
-        trainer = self.trainer(data, model, recipe, train_seed, seed)
+        trainer, facts = self.trainer(data, model, recipe, train_seed, seed), dict[str, str]()
         if recipe.start == "static" and not trainer.finished():  # else nobody needs what it began from
             trunk = _trunk(model)
             base = self.trained(data, trunk, recipe.from_scratch(), train_seed, seed)
             _inherit(net, base, alike=trunk == model)
-        return trainer.fit(net)
+            wall_s = self.trainer(data, trunk, recipe.from_scratch(), train_seed, seed).wall_s()
+            facts |= {} if wall_s is None else {"trunk_wall_s": f"{wall_s:.1f}"}
+        return trainer.fit(net, facts=facts)
 
     def _built(self, data: DatasetSpec, model: ModelSpec, train_seed: int, seed: int) -> AnytimeModel:
         parts = self.data(data, seed)

@@ -14,6 +14,7 @@ It gave: calibration on what reaches a stage changes nothing beyond the noise, -
 Bits by reach: SDN ResNet-56 at 0.6 has 90.97 % where the plain choice has 90.58 (the difference 0.39 [0.06, 0.72]), uniform
 W4A4 90.63; B-AlexNet 77.76 and 77.57 (0.19 [-0.09, 0.47]). Learned rounding gives more than both, and nothing is left for the bits:
 uniform W4A4 by QDrop has 91.58, bits by reach and QDrop 91.46, the plain choice and QDrop 91.57; B-AlexNet 78.99 and 79.02.
+Rows with reach are of before histograms weighed all samples alike, and are to be run again (FORCE=1).
 """
 
 from anytime.backends.float import Float32

@@ -4,7 +4,8 @@
 
 The published checkpoint of akamaster/pytorch_resnet_cifar10 (91.73 % on the test set; another place of the file:
 SET="suites.0.models.0.weights=path"), three calibration sets of 1,024 training images. W8A8 by us, by ONNX Runtime's
-quantize_static, by NNCF and by torchao, each as it comes and as the best of four settings on the tune part; W4A8 from the plainest
+quantize_static, by NNCF and by torchao, each as it comes and as the best of four settings on the tune part (torchao with a module for
+each call of a ReLU, without which it fails, and as simulated by PT2E); W4A8 from the plainest
 form on, one repair after another; W4A4 and W2A4 by learned rounding. The first layer and each head's last one keep 8 bits.
 ``add_bits=8`` keeps what additions read at 8 bits, as QDrop's own tables do not; both stand here. These weights have seen
 the calibration and tune images, as in every published table of PTQ; no policy is fitted on them.

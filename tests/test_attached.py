@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,9 +11,9 @@ from anytime.backend import TorchNet
 from anytime.cost import account
 from anytime.dataset import torchvision
 from anytime.datasets.synthetic import Synthetic
-from anytime.errors import AnytimeError, UsageError
-from anytime.model import Segment
-from anytime.models.attached import Attached
+from anytime.errors import AnytimeError, Unsupported, UsageError
+from anytime.model import AnytimeModel, Segment
+from anytime.models.attached import Attached, _axes, _needed, _Shapes, _Tracer
 from anytime.models.static import Static
 from anytime.quant.graph import Widths, prepared, traced
 from anytime.quant.onnx_graph import OnnxChain
@@ -48,6 +48,7 @@ def in_turn(model, x):
         ("alexnet", ("features.2", "features.5"), (3, 63, 63), [1, 1, 1]),
         ("googlenet", ("inception3b",), (3, 64, 64), [1, 1]),
         ("shufflenet_v2_x0_5", ("stage2", "stage3.1"), (3, 64, 64), [1, 1, 1]),
+        ("resnet152", ("layer1", "layer3.20"), (3, 32, 32), [1, 1, 1]),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
@@ -214,8 +215,22 @@ class Two(Sized):
         return super().forward(x) * y[0]
 
 
-def tokens(num_classes):
-    return nn.Sequential(nn.Flatten(2), nn.Linear(256, 8), nn.ReLU(), nn.Flatten(), nn.Linear(24, num_classes))
+class Awry(nn.Module):
+    """Channels in two axes, windows joined with samples, axes cut across, in an order of their own, tokens before samples."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        x = self.a(x)
+        heads = x.unflatten(1, (2, 2)).relu().flatten(1, 2)
+        windows = x.view(-1, 4, 2, 8, 16).transpose(1, 2).reshape(-1, 4, 8, 16).tanh()
+        windows = windows.reshape(-1, 2, 4, 8, 16).transpose(1, 2).reshape(-1, 4, 16, 16)
+        across = x.view(-1, 32, 32).sigmoid().view(-1, 4, 16, 16)
+        ordered = torch.einsum("bchw->bhcw", x).transpose(1, 2)
+        x = x + heads + windows + across + ordered
+        return self.fc(x.flatten(2).permute(2, 0, 1).exp().mean(0))
 
 
 def features(num_classes):
@@ -232,6 +247,161 @@ def broken(num_classes):
 
 def maps(num_classes):
     return nn.Sequential(nn.Conv2d(3, num_classes, 3), nn.ReLU())
+
+
+def vit(num_classes):
+    return torchvision().models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=num_classes)
+
+
+def swin(num_classes):
+    return torchvision().models.SwinTransformer([4, 4], 8, [2, 2], [2, 2], [4, 4], num_classes=num_classes)
+
+
+def convnext(num_classes):
+    block = torchvision().models.convnext.CNBlockConfig
+    return torchvision().models.ConvNeXt([block(8, 16, 1), block(16, None, 1)], num_classes=num_classes)
+
+
+def maxvit(num_classes):
+    """Maps whose windows are tokens inside its blocks, for images of one size only."""
+    return torchvision().models.MaxVit((64, 64), 8, 4, [8, 16], [1, 1], 4, 0.0, num_classes=num_classes)
+
+
+class Mixer(nn.Module):
+    """Patches cut by reshaping, a layer that mixes them and one that mixes their channels."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.patches, self.tokens, self.channels = nn.Linear(192, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        x = x.reshape(-1, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 192)
+        x = self.patches(x)
+        x = x + F.relu(self.tokens(x.mT)).transpose(1, 2)
+        x = x + F.relu(self.channels(x))
+        return self.fc(x.mean(1))
+
+
+class Rows(nn.Module):
+    """A grey image as a sequence of its rows, with attention by hand."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.qkv, self.b, self.fc = nn.Linear(32, 8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.a(x.squeeze(1)).relu()
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.b((q @ k.mT).softmax(-1) @ v)
+        return self.fc(x.relu().mean(1))
+
+
+@pytest.mark.parametrize(
+    "factory, at, places, colours",
+    [
+        (vit, "encoder.layers.encoder_layer_0", 1, 3),
+        (swin, "features.1", (1, 2), 3),
+        (swin, "features.2.reduction", (1, 2), 3),
+        (convnext, "features.1", (2, 3), 3),
+        (convnext, "features.1.0.block.3", (1, 2), 3),
+        (Mixer, "channels", 1, 3),
+        (Mixer, "tokens", 2, 3),
+        (Rows, "a", 1, 1),
+        (Rows, "b", 1, 1),
+    ],
+)
+def test_an_exit_reads_the_mean_over_all_places_wherever_the_channels_are(factory, at, places, colours):
+    shape = (colours, 32, 32)
+    torch.manual_seed(0)
+    whole, seen = factory(num_classes=10).eval(), []
+    whole.get_submodule(at).register_forward_hook(lambda m, read, made: seen.append(made))
+    torch.manual_seed(0)
+    model, x, left = attached(factory, at).build(shape, 10).eval(), torch.randn(6, *shape), torch.tensor([1, 4])
+    with torch.no_grad():
+        want, got = whole(x), model(x)
+        layer = model.heads[0][-1]
+        assert torch.allclose(got[0], layer(seen[0].mean(places)), atol=1e-5)
+        assert torch.allclose(got[1], want, atol=1e-5)
+        assert torch.allclose(traced(model)(x), got, atol=1e-5)
+        state = model.stages[0](x)  # those that have not left go on alone
+        state = tuple(s[left] for s in state) if isinstance(state, tuple) else state[left]
+        assert torch.allclose(model.heads[1](model.stages[1](state)), want[left], atol=1e-5)
+    cost = account(TorchNet(model, {}, simulated=False), shape)
+    assert cost.head.macs[0] == layer.in_features * 10
+    one_piece = account(TorchNet(AnytimeModel([whole], [nn.Identity()]), {}, simulated=False), shape)
+    assert cost.path((1,), 1) == one_piece.path((0,), 0)
+
+
+def axes_of(spec, size, larger=None):
+    """By the name of each value with more than two axes: their letters and sizes, in a larger image too; nothing is computed."""
+    with torch.device("meta"):
+        net, tracer = spec._backbone(10).eval(), _Tracer()
+        shapes = spec._trace(tracer, net, torch.empty(2, 3, size, size))
+        grown = _Shapes(fx.GraphModule(net, tracer.graph))
+        grown.run(torch.empty(2, 3, larger or size, larger or size))
+    nodes = [n for n in tracer.graph.nodes if n in _needed(tracer.graph.output_node())]
+    letters, after = _axes(net, nodes, shapes), {n.name: shape for n, shape in grown.of.items()}
+    paths = {n: path for path, n in tracer.returned.items()}
+    values = [n for n in nodes if n.op != "get_attr" and isinstance(shapes[n], torch.Size) and len(shapes[n]) > 2]
+    return {paths.get(n, n.name): (letters.get(n), shapes[n], after[n.name]) for n in values}
+
+
+@pytest.mark.parametrize(
+    "spec", [attached(swin), attached(convnext), Attached("shufflenet_v2_x0_5")], ids=["swin", "convnext", "shufflenet"]
+)
+def test_the_places_are_the_axes_that_change_with_the_image(spec):
+    for name, (letters, before, after) in axes_of(spec, 64, 128).items():
+        moved = [m != n or m == 1 for m, n in zip(before, after, strict=True)]  # pooled places are one, whatever the image
+        assert letters == "b" + "".join("s" if m else "c" for m in moved[1:]), name
+
+
+@pytest.mark.parametrize(
+    "spec, size, wanted",
+    [
+        (Attached("convnext_tiny"), 32, {"features.3": "bcss", "features.5.8.block.0": "bcss", "features.5.8.block.3": "bssc"}),
+        (Attached("swin_t"), 32, {"features.1": "bssc", "features.5.3.attn": "bssc"}),
+        (Attached("swin_v2_t"), 32, {"features.3": "bssc"}),
+        (Attached("vit_b_16"), 224, {"conv_proj": "bcss", "encoder.layers.encoder_layer_5": "bsc"}),
+        (attached(maxvit), 64, {"blocks.1": "bcss", "blocks.1.layers.0.layers.grid_attention.mlp_layer": "bssc"}),
+    ],
+    ids=["convnext", "swin", "swin v2", "vit", "maxvit"],
+)
+def test_where_the_networks_of_torchvision_keep_their_channels(spec, size, wanted):
+    found = axes_of(spec, size)
+    assert {name: found[name][0] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("at", [("features.1", "features.1.0.block.3"), ("features.1.0.block.3",)])
+def test_exits_on_channels_that_come_last_are_quantized(at):
+    torch.manual_seed(0)
+    model, x = attached(convnext, *at).build((3, 32, 32), 10).eval(), torch.randn(16, 3, 32, 32)
+    net = prepared(model, x, Widths(8, 8), "u8s8", "minmax", "minmax")
+    assert {path for path, _ in net.layers() if path.startswith("heads")} == {
+        f"heads.{k}.{len(model.heads[k]) - 1}" if k < len(at) else f"heads.{k}.classifier.2" for k in range(len(at) + 1)
+    }
+    with torch.no_grad():
+        want, got = model(x), net.freeze(round_bias=True)(x)
+    assert 0 < (got - want).abs().max() < 0.03 * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    "factory, at, no_integers",
+    [
+        (vit, "encoder.layers.encoder_layer_0", "encoder_layer_0.self_attention gives several tensors"),
+        (Rows, "b", "no quantizer for the function matmul"),
+        (swin, "features.1", r"in silence: stages.0.features.1.0.attn \(no quantizer for ShiftedWindowAttention\)"),
+        (convnext, "features.1", ""),
+    ],
+)
+def test_what_has_no_integers_or_no_onnx_is_said_by_its_name(factory, at, no_integers):
+    shape = (1 if factory is Rows else 3, 32, 32)
+    model, x = attached(factory, at).build(shape, 10).eval(), torch.randn(4, *shape)
+    if no_integers:
+        with pytest.raises(Unsupported, match=no_integers):
+            prepared(model, x, Widths(8, 8), "u8s8", "minmax", "minmax")
+    with pytest.raises(Unsupported, match="no ONNX form is known for"):
+        OnnxChain(traced(model), shape, True).write(Segment(0, 1, 0))
 
 
 def test_exits_on_features():
@@ -258,7 +428,14 @@ def test_exits_on_features():
         (attached(Hidden, "a"), "gives other logits"),
         (attached(Choosy, "a"), "cannot be traced by torch.fx"),
         (attached(Two, "a"), "takes more than one input"),
-        (attached(tokens, "1"), "gives 3x8 for each input; exits go to maps CxHxW or features C"),
+        (
+            attached(Awry, "relu"),
+            "'relu' gives 2x2x2x16x16 for 2 inputs, and which one axis of it holds the channels cannot be told",
+        ),
+        (attached(Awry, "tanh"), "'tanh' gives 4x4x8x16 for 2 inputs, and which one axis"),
+        (attached(Awry, "sigmoid"), "'sigmoid' gives 2x32x32 for 2 inputs, and which one axis"),
+        (attached(Awry, "einsum"), "'einsum' gives 2x16x4x16 for 2 inputs, and which one axis"),
+        (attached(Awry, "exp"), "goes through 'exp', whose first axis is not that of the samples.*batch_first=True"),
     ],
 )
 def test_what_cannot_be_done_is_said(spec, said):

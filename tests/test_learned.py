@@ -1,5 +1,6 @@
 """LSQ, PACT and DoReFa against their definitions, written out with autograd."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from anytime.errors import Unsupported
 from anytime.quant.fake import FakeQuant, QLinear
 from anytime.quant.graph import Widths, prepared
-from anytime.quant.learned import DoReFaWeight, LSQActivation, LSQWeight, PACTActivation, learn
+from anytime.quant.learned import DoReFaActivation, DoReFaWeight, LSQActivation, LSQWeight, PACTActivation, learn
 from anytime.quant.ranges import Grid, affine
 from tests.worlds import Restarting, Tiny, data, trained
 
@@ -101,17 +102,44 @@ def test_pact_by_hand():
     assert learner.grid() == Grid(pytest.approx(1.0), 0, 0, 3)
 
 
+def test_dorefa_activation_by_hand():
+    # 2 bits: steps of 1/3 on [0, 1], whatever range was calibrated. Below 0 and beyond what rounds to 1 no gradient passes.
+    learner = DoReFaActivation(quantizer(2, 0.0, 5.0))
+    x = torch.tensor([[-0.5, -0.1, 0.1, 0.2, 0.4, 0.9, 1.0, 1.2, 3.0]], requires_grad=True)
+    y = learner(x)
+    assert y[0].tolist() == pytest.approx([0, 0, 0, 1 / 3, 1 / 3, 1, 1, 1, 1])
+    (y * torch.arange(1.0, 10.0)).sum().backward()
+    assert x.grad.tolist() == [[0, 0, 3, 4, 5, 6, 7, 0, 0]]
+    assert learner.grid() == Grid(pytest.approx(1 / 3), 0, 0, 3)
+
+
 def test_dorefa_weight_by_hand():
     # 2 bits: levels -1, -1/3, 1/3, 1 times a factor; the largest weight lies on the last one.
     w = torch.tensor([[-2.0, -0.2, 0.1, 1.0]])
     learner = DoReFaWeight(layer(w, 2, [1.0]))
-    unit = learner(w) / learner.get_buffer("factor")
-    assert torch.allclose(unit, torch.tensor([[-1.0, -1 / 3, 1 / 3, 1.0]]))
+    # The factor is <w, unit> / <unit, unit> = (2 + 0.2 / 3 + 0.1 / 3 + 1) / (1 + 1 / 9 + 1 / 9 + 1) = 3.1 / (20 / 9).
+    assert learner(w)[0].tolist() == pytest.approx([1.395 * unit for unit in (-1, -1 / 3, 1 / 3, 1)])
+    assert learner(-2 * w)[0].tolist() == pytest.approx([1.395 * unit for unit in (1, 1 / 3, -1 / 3, -1)]), "it is fixed"
     settled = learner.settle(w)
     assert torch.allclose(settled.weight / settled.scale[:, None], torch.tensor([[-3.0, -1.0, 1.0, 3.0]]), atol=1e-5)
-    w = w.clone().requires_grad_()
-    learner(w).sum().backward()
-    assert (w.grad != 0).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dorefa_weight_is_the_definition(bits):
+    """Zhou et al., equation 9; the largest |tanh w| is the layer's, and the gradient is that of the formula without rounding."""
+    draw = torch.Generator().manual_seed(bits)
+    w = torch.randn(3, 40, generator=draw) * torch.tensor([[0.1], [0.5], [1.0]])
+    g = torch.randn(w.shape, generator=draw)
+    learner = DoReFaWeight(layer(w, bits, [1.0, 1.0, 1.0]))
+    t, levels = np.tanh(w.double().numpy()), 2**bits - 1
+    unit = 2 * np.rint(levels * (t / (2 * np.abs(t).max()) + 0.5)) / levels - 1
+    factor = np.linalg.lstsq(unit.reshape(-1, 1), w.double().numpy().ravel())[0].item()
+    ours, theirs = w.clone().requires_grad_(), w.double().requires_grad_()
+    got = learner(ours)
+    assert np.allclose(got.detach().numpy(), factor * unit, atol=1e-5)
+    got.backward(g)
+    (factor * theirs.tanh() / theirs.tanh().abs().max()).backward(g.double())
+    assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ste", "lsq", "pact", "dorefa"])
@@ -154,6 +182,16 @@ def test_what_has_no_form_for_signed_activations_says_so(method):
     net = prepared(trained(), data().calib.x, Widths(4, 4), "s8s8", "mse", "mse")
     with pytest.raises(Unsupported, match=f"{method} clips activations at 0, and this target's are signed: use learns='lsq'"):
         learn(net, method)
+
+
+def test_pact_and_dorefa_take_only_what_they_have_a_form_for():
+    """What has 8 bits keeps its grid, but for PACT's activations, and so does the input image, which has negative values."""
+    for method, low, high in (("pact", PACTActivation, PACTActivation), ("dorefa", DoReFaActivation, type(None))):
+        net = prepared(trained(), data().calib.x, Widths(4, 4), "u8s8", "mse", "mse")
+        learn(net, method)
+        got = {(q.bits, q.grid.zero_point == 0, type(q.learner)) for q in net.quantizers()}
+        assert got == {(4, True, low), (4, False, type(None)), (8, True, high), (8, False, type(None))}
+        assert {(m.weight_bits, type(m.learner)) for _, m in net.layers()} == {(4, DoReFaWeight), (8, type(None))}
 
 
 @pytest.mark.parametrize("at_8_bits", [True, False])

@@ -22,7 +22,8 @@ from anytime.quant.qdrop import DropStep, kept
 from anytime.quant.ranges import Grid, affine, weight_scales
 from anytime.quant.reconstruct import Reconstruction, reconstruct
 from anytime.quant.units import partition
-from tests.worlds import Restarting, Tiny, data, trained
+from anytime.rounding import learn_rounding
+from tests.worlds import Residual, Restarting, Tiny, data, trained, trainer
 
 QUICK = Reconstruction(iterations=60)
 BY_LAYER = replace(QUICK, unit="layer", drop=0.0, learn_steps=False)  # AdaRound
@@ -374,6 +375,34 @@ def test_the_loss_with_an_exit_by_hand():
         want = over_channels(state - plain) + exit_weight * relative * over_channels(plain)
         assert report[0].before == pytest.approx(float(want), rel=1e-3)
         assert report[1].before == pytest.approx(float(over_channels(logits - wanted)), rel=1e-3)
+
+
+def test_the_schedule_of_the_penalty_by_hand(monkeypatch):
+    """A fifth of the iterations without it, then an exponent from 20 down to 2, and a hundredth of it in the loss."""
+    torch.manual_seed(0)
+    model = AnytimeModel([nn.Sequential(Residual(3))], [nn.Sequential(nn.Flatten(), nn.Linear(768, 4))]).eval()
+    undecided, backward = AdaRoundWeight.undecided, torch.Tensor.backward
+    said, losses = [], []
+    monkeypatch.setattr(AdaRoundWeight, "undecided", lambda w, b: said.append((b, undecided(w, b))) or said[-1][1])
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss, **kw: losses.append(loss.item()) or backward(loss, **kw))
+    learned(model, replace(QUICK, iterations=10))
+    betas = [20, 17.75, 15.5, 13.25, 11, 8.75, 6.5, 4.25]  # 20 - 18 * (i - 2) / 8
+    assert [beta for beta, _ in said] == pytest.approx([*np.repeat(betas, 2), *betas])  # a block of two layers, then the head
+    learned(model, replace(QUICK, iterations=10, penalty=0.0))
+    penalties = np.subtract(losses[:3], losses[20:23])  # until then both learn the same
+    assert penalties.tolist() == pytest.approx([0, 0, 0.01 * (said[0][1] + said[1][1]).item()], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, unit, drop, learn_steps", [("adaround", "layer", 0, False), ("brecq", "block", 0, True), ("qdrop", "block", 0.5, True)]
+)
+def test_what_the_names_of_roundings_stand_for(monkeypatch, name, unit, drop, learn_steps):
+    asked = []
+    monkeypatch.setattr("anytime.rounding.reconstruct", lambda net, model, x, how, *rest: asked.append(how) or [])
+    net, model = calibrated(trained())
+    learn_rounding(net, model, x(), name, 7, trainer(), name)
+    assert asked == [Reconstruction(unit=unit, drop=drop, learn_steps=learn_steps, iterations=7)]
+    assert learn_rounding(net, model, x(), "nearest", 7, trainer(), name) == {} and len(asked) == 1
 
 
 def test_an_exit_counts_in_what_its_block_learns():

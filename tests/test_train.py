@@ -18,12 +18,15 @@ from hypothesis import strategies as st
 from anytime import cpu, train
 from anytime.backends.float import Float32
 from anytime.backends.qat import QAT
+from anytime.datasets.synthetic import Synthetic
 from anytime.errors import CorruptFile, Diverged, UsageError, WriteError
 from anytime.files import write_atomically
-from anytime.losses import Joint, TrunkThenJoint
+from anytime.losses import FromTeacher, FrozenTrunk, Joint, TrunkThenJoint
 from anytime.model import AnytimeModel
+from anytime.models.static import Static
 from anytime.train import Recipe, _batch_sizes, _compiled, _device, _optimizer
 from anytime.weights import load_weights, save_weights
+from anytime.workshop import Workshop
 from tests.worlds import Restarting, Tiny, data, fresh, trained, trainer
 
 
@@ -291,6 +294,18 @@ def test_a_last_step_to_nowhere_is_no_finished_training(tmp_path):
 def test_wrong_arguments_and_weights_are_refused():
     with pytest.raises(UsageError, match="2 numbers for a network of 3 exits"):
         trainer(loss=Joint(weights=(1.0, 1.0))).fit(fresh())
+
+
+def test_heads_alone_are_not_taught_on_a_trunk_that_nobody_trained(tmp_path):
+    with pytest.raises(UsageError, match="nothing has trained the trunk .* recipe.start='static', or take another loss"):
+        trainer(loss=FrozenTrunk()).fit(fresh())
+    with pytest.raises(UsageError, match="nothing has trained the trunk"):
+        trainer(loss=FromTeacher(of=FrozenTrunk())).fit(fresh())
+    shop, data = Workshop(tmp_path), Synthetic(n=800, size=16, channels=3, n_classes=4)
+    recipe = Recipe(epochs=1, batch=16, lr=1e-2, loss=FrozenTrunk())
+    with pytest.raises(UsageError, match="nothing has trained the trunk"):
+        shop.trained(data, Tiny(), recipe, 0, 0)
+    assert shop.trained(data, Static(Tiny()), recipe, 0, 0).trained_on  # one exit learns whole
 
 
 def test_weights_carry_what_they_were_trained_on(tmp_path):

@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from anytime.errors import AnytimeError, UsageError, first_line, near
 from anytime.forms import as_modules
 from anytime.model import AnytimeModel, ModelSpec
 
+# Calls by name, of a module, a function or a method, that do more to the axes of a value than to change their sizes.
+_TURNING = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT")
+_RESHAPING = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+_ORDERING = ("einsum", "tensordot")
+_CONVOLVING = ("conv1d", "conv2d", "conv3d")
+
 
 class _Tracer(fx.Tracer):
-    """Remembers the node that each module returned last, and leaves whole what acts by the training mode."""
+    """Remembers the node that each module returned last; leaves whole what acts by the training mode, and Swin's attention.
+
+    Traced into, that is one function of its own, in which whoever looks for layers that multiply finds none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +37,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf: bool = super().is_leaf_module(m, module_qualified_name)
-        return leaf or isinstance(m, nn.LocalResponseNorm) or type(m).__name__ == "StochasticDepth"
+        names = {kind.__name__ for kind in type(m).__mro__}  # torchvision may be absent
+        return leaf or isinstance(m, nn.LocalResponseNorm) or not names.isdisjoint(("StochasticDepth", "ShiftedWindowAttention"))
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         out = super().call_module(m, forward, args, kwargs)
@@ -56,6 +67,20 @@ class _Tapped(nn.Module):
         return state[0]
 
 
+class _Pooled(nn.Module):
+    """The mean over axes that are places in the image: tokens [B, T, C], maps [B, H, W, C] -> [B, C]."""
+
+    def __init__(self, places: tuple[int, ...]) -> None:
+        super().__init__()
+        self.places = places
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.places)
+
+    def extra_repr(self) -> str:
+        return f"places={self.places}"
+
+
 @dataclass(frozen=True)
 class Attached(ModelSpec):
     """Exits on a classifier without any, which is cut into a chain behind the values named in ``at``.
@@ -65,7 +90,9 @@ class Attached(ModelSpec):
     returns, the last time if it is called often) or names of torch.fx nodes, in any order; exits are numbered in the
     network's own. Each stage computes what its exit needs and no earlier one did; the state is the named value, or a
     tuple of it and of whatever else later stages read. An exit is global pooling and one linear layer on maps
-    [B, C, H, W], one linear layer on features [B, C]; the last one begins at the network's last layer that multiplies.
+    [B, C, H, W] or [B, H, W, C] (Swin, ConvNeXt inside its blocks), the mean over all tokens, the class token among them, and one
+    linear layer on tokens [B, T, C] (ViT), one linear layer on features [B, C]; the last exit begins at the network's last layer
+    that multiplies. Which axis holds the channels is followed from the image on; where that cannot be told the exit is refused.
     In-place operations are made out of place, and what the network does is that of its eval mode, except in modules
     (Dropout, BatchNorm, StochasticDepth). ``weights``: path of a state dict, loaded strictly before the cut; then
     ``trained_on`` must say what it has learned from: the digests of published training sets ("imagenet" will do for
@@ -253,6 +280,7 @@ class Attached(ModelSpec):
         for n in nodes:
             if n.op != "placeholder" and constant.issuperset(n.all_input_nodes):
                 constant.add(n)
+        axes = _axes(net, nodes, shapes)
         stages: list[nn.Module] = []
         heads: list[nn.Module] = []
         for tap in taps:
@@ -267,21 +295,101 @@ class Attached(ModelSpec):
                         f"{self.backbone}: the cut behind {tap.name!r} goes through {n.name!r}, a {shapes[n]} where only "
                         "tensors can be handed on; cut before or behind that block"
                     )
+                if axes.get(n, "b")[0] != "b":  # samples that leave are taken out by their place on the first axis
+                    raise UsageError(
+                        f"{self.backbone}: the cut behind {tap.name!r} goes through {n.name!r}, whose first axis is not that of "
+                        "the samples; build the network with batch_first=True, or cut before or behind that block"
+                    )
             stages.append(_graph(net, part, entering, leaving))
             if tap is not taps[-1]:
-                heads.append(self._exit(tap.name, shapes[tap], len(leaving) > 1, n_classes))
+                heads.append(self._exit(tap.name, shapes[tap], axes.get(tap, ""), len(leaving) > 1, n_classes))
             entering = leaving
         rest = [n for n in nodes if n not in done]
         heads.append(_graph(net, rest[:-1], entering, rest[-1].all_input_nodes))
         return AnytimeModel(stages, heads)
 
-    def _exit(self, name: str, shape: Sequence[Any], first: bool, n_classes: int) -> nn.Sequential:
+    def _exit(self, name: str, shape: Sequence[Any], axes: str, first: bool, n_classes: int) -> nn.Sequential:
         layers: list[nn.Module] = [_Tapped()] if first else []
-        if len(shape) == 4:
+        if len(shape) == 2:
+            axes = "bc"
+        elif axes == "bcss":
             layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        elif len(shape) != 2:
-            raise UsageError(f"{self.backbone}: {name!r} gives {_by(shape)} for each input; exits go to maps CxHxW or features C")
-        return nn.Sequential(*layers, nn.Linear(shape[1], n_classes))
+        elif axes.count("b") == axes.count("c") == 1:
+            layers.append(_Pooled(tuple(i for i, axis in enumerate(axes) if axis == "s")))
+        else:
+            raise UsageError(
+                f"{self.backbone}: {name!r} gives {'x'.join(map(str, shape))} for 2 inputs, and which one axis of it holds the "
+                "channels cannot be told; attach the exit to what the block around it gives: features C, maps CxHxW or HxWxC, "
+                "or tokens TxC for each input"
+            )
+        return nn.Sequential(*layers, nn.Linear(shape[axes.index("c")], n_classes))
+
+
+def _axes(net: nn.Module, nodes: list[fx.Node], shapes: dict[fx.Node, torch.Size | str]) -> dict[fx.Node, str]:
+    """What the axes of each value are, a letter each: "b" samples, "c" channels or features, "s" places in the image.
+
+    The image is "bcss", and so is what a convolution over maps gives. Turning a value turns its letters, reshaping joins and
+    splits them, and whatever else leaves the number of axes alone leaves their meaning, if all that it reads agrees about it
+    (queries times keys do not). Values of which it cannot be told are left out.
+    """
+    found: dict[fx.Node, str] = {}
+    for node in nodes:
+        name, shape, known = _name(net, node), shapes[node], [n for n in node.all_input_nodes if n in found]
+        axes: str | None = None
+        if node.op == "placeholder" or name in _CONVOLVING:
+            axes = "bc" + "s" * (len(shape) - 2)
+        elif name in _TURNING:
+            axes = _turned(node, found[known[0]]) if known == node.all_input_nodes else None
+        elif name in _RESHAPING:
+            axes = _reshaped(found[known[0]], shapes[known[0]], shape) if known else None  # type: ignore[arg-type]
+        elif name not in _ORDERING:
+            # A tuple of tensors hands on to its parts what they are parts of.
+            read = {found[n] for n in known if shape in ("tuple", "list") or len(found[n]) == len(shape)}
+            axes = read.pop() if len(read) == 1 else None
+            if axes and name == "linear" and "c" not in axes:
+                axes = axes[:-1] + "c"  # rows of a grey image become features
+        if axes and (shape in ("tuple", "list") or not isinstance(shape, str)):
+            found[node] = axes
+    return found
+
+
+def _name(net: nn.Module, node: fx.Node) -> str:
+    """What a node calls: "linear" for nn.Linear and for the function, "T" for the attribute; "" for a parameter."""
+    if node.op == "call_module":
+        return type(net.get_submodule(str(node.target))).__name__.lower()
+    if node.target is getattr:
+        return str(node.args[1])
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _turned(node: fx.Node, axes: str) -> str:
+    """The letters after a turn, by turning a value whose axes are told apart by their sizes."""
+    probe = torch.empty(*range(len(axes)), device="meta")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: probe)
+    call: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+    turned = call(*args, **kwargs)
+    return "".join(axes[size] for size in turned.shape)
+
+
+def _reshaped(axes: str, before: Sequence[int], after: Sequence[int]) -> str | None:
+    """The letters after a reshape; None where samples are joined with anything, or axes are cut across.
+
+    An axis joined of several is of channels if one of them is: a patch [p, p, C] becomes a vector of features.
+    """
+    out = ""
+    for low, high in _spans(after):
+        met = [(axis, *of) for axis, of in zip(axes, _spans(before), strict=True) if max(low, of[0]) < min(high, of[1])]
+        held = {axis for axis, _, _ in met}
+        whole = all((low <= first and last <= high) or (first <= low and high <= last) for _, first, last in met)
+        if not whole or ("b" in held and len(held) > 1):
+            return None
+        out += "c" if "c" in held else next(iter(held), "s")
+    return out
+
+
+def _spans(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Each axis as the stretch of a flat value that it steps through: (its stride, the stride of the axis before it)."""
+    return [(prod(shape[i + 1 :]), prod(shape[i:])) for i in range(len(shape))]
 
 
 def _without_idle_pools(tracer: _Tracer, shapes: dict[fx.Node, torch.Size | str]) -> None:

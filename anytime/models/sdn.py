@@ -50,7 +50,8 @@ class SDN(ModelSpec):
     as torch starts it. Inferred: the places on ResNet-20, 32 and 44, which the authors have not; they are the blocks
     nearest to 15, 30, 45, 60, 75 and 90 %, and the figures are counted here. Deviations: on maps of 4x4 the authors' mixed
     pooling has windows of one pixel, which is the identity whatever alpha is, and is left out; biases of WRN's layers start
-    as He-normal and torch have them.
+    as He-normal and torch have them; classifiers of the ResNets read what the next block reads, behind the block's last ReLU,
+    where the authors' code reads before it.
     Source: Kaya, Hong, Dumitras, "Shallow-Deep Networks", ICML 2019, arXiv:1810.07052, section 4; layers and places
     from the authors' architectures/SDNs and network_architectures.py.
     """

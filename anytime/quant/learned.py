@@ -130,7 +130,8 @@ class _PACT(torch.autograd.Function):
 class DoReFaActivation(ActivationLearner):
     """clip(x, 0, 1) on 2^bits - 1 steps; nothing is learned but what the network makes of it.
 
-    Source: Zhou et al. 2016, arXiv:1606.06160, section 2.5.
+    Source: Zhou et al. 2016, arXiv:1606.06160, section 2.5. Deviation: the gradient is 1 up to half a step above 1, as of all that
+    rounds to the last integer here.
     """
 
     def __init__(self, q: FakeQuant) -> None:
