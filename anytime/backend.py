@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from anytime.dataset import Part
-from anytime.errors import UsageError
+from anytime.errors import AnytimeError, UsageError
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.model import Plan as Plan
@@ -84,17 +84,26 @@ class Deployable(ABC):
         return None
 
     def predict(self, x: Floats, batch: int = 256) -> Floats:
-        """Every exit for every sample: [N, ...] -> [E, N, K]; UsageError without samples. Of large ones fewer than ``batch`` at once."""
+        """Every exit for every sample: [N, ...] -> [E, N, K]. Of large ones fewer than ``batch`` at once.
+
+        UsageError without samples, AnytimeError where the engine does not answer each of them.
+        """
         if not len(x):
             raise UsageError("there is no sample to predict: give at least one")
         blocks, batch = [], max(1, min(batch, AT_ONCE // x[0].size))
         plan = self.plan(range(self.n_exits))
         for i in range(0, len(x), batch):
-            state, rows = self.start(x[i : i + batch]), []
+            some = x[i : i + batch]
+            state, rows = self.start(some), []
             for segment in plan:
                 state, logits = self.step(segment, state)
+                assert logits is not None  # every segment of this plan has a head
+                if len(logits) != len(some):
+                    raise AnytimeError(
+                        f"{self.execution} answered {len(logits)} samples of {len(some)}: give a batch under {batch}"
+                    )
                 rows.append(logits)
-            blocks.append(np.stack(rows))  # type: ignore[arg-type]
+            blocks.append(np.stack(rows))
         return np.concatenate(blocks, axis=1)
 
 
@@ -102,7 +111,7 @@ class TorchNet(Deployable):
     """A Deployable that torch runs as it stands: it is its own twin."""
 
     format = "torch"
-    devices = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu", "cuda")
     device = "cpu"
 
     def __init__(
@@ -194,10 +203,12 @@ class Backend(Spec, ABC):
 class IntegerBackend(Backend, ABC):
     """Integers of ``weight_bits`` and ``activation_bits`` in every stage and every head.
 
-    Weights per output channel and symmetric; activations per tensor, affine unsigned ("u8s8", "u8s8-fused") or symmetric
-    signed ("s8s8"). ``edge_bits``: layers that read the image and each head's last one. ``add_bits``: tensors that an addition
-    or a pooling reads too (0: as ``activation_bits``). ``keep_float``: layers left out, by path; any other layer that cannot
-    be quantized raises Unsupported. For "s8s8" TensorRT's own exclusions are left out too, and listed.
+    Weights per output channel and symmetric, on the 2^bits - 1 integers that engines' kernels want of 8 bits: at 2 bits they are
+    ternary, where LSQ, PACT and DoReFa (quant/learned.py) have 2^bits levels below 8 bits. Activations per tensor, affine
+    unsigned ("u8s8", "u8s8-fused") or symmetric signed ("s8s8"). ``edge_bits``: layers that read the image and each head's
+    last one. ``add_bits``: tensors that an addition or a pooling reads too (0: as ``activation_bits``). ``keep_float``: layers
+    left out, by path; any other layer that cannot be quantized raises Unsupported. For "s8s8" TensorRT's own exclusions are
+    left out too, and listed.
     """
 
     method: ClassVar[str]  # "PTQ", "QAT"

@@ -122,8 +122,18 @@ class Bundle:
         return self._said(np.array([0]), np.array([exit]), logits, [started])[0]
 
     def batch(self, images: Any, batch: int = 64) -> list[Answer]:
-        """Answer many images [N, H, W, C], or a sequence of them, ``batch`` at a time; in their order."""
-        return sorted(self.stream(images, batch), key=lambda a: a.place)
+        """Answer many images [N, H, W, C], or a sequence of them, ``batch`` at a time; in their order.
+
+        An AnytimeError on the way, a bad image's too, carries the answers that were there in its field ``answered``.
+        """
+        done: list[Answer] = []
+        try:
+            for answer in self.stream(images, batch):
+                done.append(answer)
+        except AnytimeError as error:
+            error.answered = sorted(done, key=lambda a: a.place)  # type: ignore[attr-defined]
+            raise
+        return sorted(done, key=lambda a: a.place)
 
     def stream(self, images: Iterable[Any], batch: int = 1) -> Iterator[Answer]:
         """Answer images as they come, each as soon as it is ready: not in their order where ``batch`` is over 1.

@@ -68,7 +68,14 @@ class OnnxRuntimeGraph(Graph):
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def __call__(self, inputs: Arrays) -> list[NDArray[Any]]:
-        return self._session.run(self._outputs, dict(zip(self._inputs, inputs, strict=True)))  # type: ignore[no-any-return]
+        try:
+            return self._session.run(self._outputs, dict(zip(self._inputs, inputs, strict=True)))  # type: ignore[no-any-return]
+        except Exception as error:  # shapes are looked at only now: its own words for them take several lines
+            for port, given in zip(self._session.get_inputs(), inputs, strict=False):
+                known = [isinstance(d, int) for d in port.shape]
+                if len(known) != given.ndim or any(k and d != n for k, d, n in zip(known, port.shape, given.shape, strict=True)):
+                    raise UsageError(f"an input of shape {given.shape} where the graph takes {tuple(port.shape)}") from error
+            raise
 
     def profile(self, inputs: Arrays) -> tuple[list[NDArray[Any]], Kinds]:
         with tempfile.TemporaryDirectory() as folder:
@@ -185,9 +192,14 @@ class _Request:
             if own.shape != given.shape:  # numpy would repeat the smaller one
                 raise UsageError(f"an input of shape {given.shape} where the graph takes {own.shape}")
             np.copyto(own, given, casting="no")
-        return list(self._request.infer().values())  # copies: the request's own memory is written over
+        out = list(self._request.infer().values())  # copies: the request's own memory is written over
+        if any(len(o) != len(inputs[0]) for o in out):  # out of memory it says nothing, and gives what it had answered before
+            self._inputs = []
+            raise MemoryError(f"OpenVINO has no memory for {len(inputs[0])} samples at once: give fewer")
+        return out
 
     def _bind(self, inputs: Arrays) -> list[NDArray[Any]]:
+        self._inputs = []  # memory that a new shape, or one that fails, takes away
         for i, port in enumerate(self.compiled.inputs):
             if port.get_partial_shape().is_dynamic:
                 self._request.get_input_tensor(i).shape = [len(inputs[i]), *port.get_partial_shape()[1:].to_shape()]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +15,9 @@ import numpy as np
 from anytime.errors import AnytimeError, UsageError, first_line
 from anytime.metrics import Floats, Ints
 from anytime.policy import Policy
+
+# What ONNX Runtime, torch and C++ say where Python has MemoryError.
+NO_MEMORY = re.compile("failed to allocate memory|can't allocate memory|out of memory|not enough memory|bad_alloc", re.IGNORECASE)
 
 
 class HasHead(Protocol):
@@ -70,7 +75,7 @@ class Broken(AnytimeError):
 
 @dataclass
 class _Group:
-    """Samples that stand before the same segment: places [B], state, logits read so far [E, B, K], time of hand-over [B] in s."""
+    """Samples that stand before the same segment: places [B], state, logits of the exits in use [U, B, K], time of hand-over [B] in s."""
 
     place: Ints
     state: Any
@@ -90,8 +95,8 @@ class Executor:
     input ends; so at most ``batch`` x segments samples are held at any time, whatever the length of the input. With
     ``batch`` 1 every sample is answered, by ``one``, before the next one is asked for.
 
-    An engine that fails, or logits that are not finite, are an AnytimeError that names the samples; what was answered
-    before stays answered.
+    An engine or a policy that fails, an engine that answers too few, or logits that are not finite, are an AnytimeError that
+    names the samples; what was answered before stays answered.
     Source: this project.
     """
 
@@ -114,11 +119,10 @@ class Executor:
                 f"{len(self.used)} exits that it reads; call fit with val predictions of this very network first"
             )
         self.plan = self.net.plan(self.used)
-        # For each exit that is read: what has been read by then (a slice copies nothing), and the exit as an array.
-        self._so_far = [slice(i + 1) if k == i else np.array(self.used[: i + 1]) for i, k in enumerate(self.used)]
         self._exits = [np.array([k]) for k in self.used]
         # What is answered is then among what was read, and needs no call to be found.
-        self._as_taken = self.policy.answers_as == "exit taken" and not self.policy.temperatures
+        tempered = self.policy.temperatures or getattr(getattr(self.policy, "of", None), "temperatures", ())
+        self._as_taken = self.policy.answers_as == "exit taken" and not tempered
         self._blank: Floats | None = None
 
     def one(self, x: Floats, place: int = 0) -> tuple[int, Floats]:
@@ -126,6 +130,8 @@ class Executor:
 
         What ``batch`` 1 does, and what boards time: a sample that runs alone pays for every call of numpy, so it makes few.
         """
+        if len(x) != 1:
+            raise UsageError(f"one() answers one sample, not {len(x)}: give several to run()")
         net, stop, used, read, i = self.net, self.policy.stop, self.used, self._blank, 0
         if read is not None:
             read = read.copy()
@@ -133,30 +139,36 @@ class Executor:
         for n, segment in enumerate(self.plan):
             try:  # as _guarded does, which costs a call
                 state, logits = net.step(segment, state)
+                if segment.head != used[i]:
+                    continue
+                assert logits is not None
+                if read is None:
+                    self._blank = self._unread(logits, 1)
+                    read = self._blank.copy()
+                read[i] = logits
             except AnytimeError:
                 raise
             except Exception as error:
                 raise self._failed(n, [place], error) from error
-            if segment.head != used[i]:
-                continue
-            assert logits is not None
-            if read is None:
-                self._blank = self._unread(logits)
-                read = self._blank.copy()
-            read[segment.head] = logits
-            if segment.head == used[-1] or stop(read[self._so_far[i]])[0]:
-                break
+            try:
+                if segment.head == used[-1] or stop(read[: i + 1])[0]:
+                    break
+            except AnytimeError:
+                raise
+            except Exception as error:
+                raise self._failed(n, [place], error, self.policy.label) from error
             i += 1
         assert read is not None
-        answer = read[used[i]] if self._as_taken else self.policy.answer(read, self._exits[i])
-        if not (_finite(read[self._so_far[i]]) and (self._as_taken or _finite(answer))):
-            for k in used[: i + 1]:
-                _check_read(k, read[k], [place])
+        answer = read[i] if self._as_taken else self._answered_with(n, [place], read, self._exits[i])
+        if not (_finite(read[: i + 1]) and (self._as_taken or _finite(answer))):
+            for k, said in zip(used, read[: i + 1], strict=False):
+                _check_read(k, said, [place])
             self._check_answer(used[i], answer, [place])
         return used[i], answer
 
     def run(self, x: Floats) -> Answers:
         """x [N, ...] -> everyone's answer, in the order of ``x``. Broken carries those that were there."""
+        x = _floating(x, "the samples are")
         n, blocks = len(x), []
         try:
             for block in self._answered(self._cut(x)):
@@ -182,9 +194,11 @@ class Executor:
     def _gather(self, samples: Iterator[Floats]) -> Iterator[_Given]:
         first = 0
         while True:
-            taken, since = [], []
-            for sample in islice(samples, self.batch):
-                taken.append(np.asarray(sample))
+            taken: list[Floats] = []
+            since: list[float] = []
+            for i, sample in enumerate(islice(samples, self.batch), first):
+                # A copy: a camera may write its next frame over this one.
+                taken.append(self._guarded(-1, [i], partial(np.array, _floating(sample, f"sample {i} is"))))
                 since.append(perf_counter())
             if not taken:
                 return
@@ -193,7 +207,9 @@ class Executor:
                     raise UsageError(
                         f"sample {first + i} has the shape {sample.shape}, those before it {taken[0].shape}: give all the same one"
                     )
-            yield _Given(np.stack(taken), first, np.array(since))
+            place = range(first, first + len(taken))
+            x = taken[0][None] if len(taken) == 1 else self._guarded(-1, place, partial(np.stack, taken))
+            yield _Given(x, first, np.array(since))
             first += len(taken)
 
     def _answered(self, given: Iterator[_Given]) -> Iterator[Answers]:
@@ -216,8 +232,13 @@ class Executor:
         """Go once through the segments, and run each that has ``least`` samples waiting; new ones never wait."""
         for i, queue in enumerate(waiting):
             while sum(map(len, queue)) >= (least if i else 1):
-                group = self._take(queue)
-                answers, rest = self._advance(i, group)
+                waited = [*queue]
+                try:
+                    answers, rest = self._advance(i, self._take(queue))
+                except AnytimeError:
+                    raise
+                except Exception as error:  # memory may end anywhere in between
+                    raise self._failed(i, np.concatenate([g.place for g in waited])[: self.batch], error) from error
                 if rest is not None:
                     waiting[i + 1].append(rest)
                 if answers is not None:
@@ -243,30 +264,43 @@ class Executor:
     def _advance(self, i: int, group: _Group) -> tuple[Answers | None, _Group | None]:
         """Run segment ``i``: the answers of those that leave, and the rest."""
         segment = self.plan[i]
-        group.state, logits = self._guarded(i, group.place, lambda: self.net.step(segment, group.state))
+        group.state, logits = self.net.step(segment, group.state)
         if segment.head not in self.used:
             return None, group
+        assert logits is not None
+        if len(logits) != len(group):
+            raise AnytimeError(f"segment {i + 1} of {len(self.plan)}: the engine answered {len(logits)} of {_named(group.place)}")
         _check_read(segment.head, logits, group.place)
-        if group.read is None:
-            group.read = self._unread(logits)
-        group.read[segment.head] = logits
+        read = group.read = self._unread(logits, len(group)) if group.read is None else group.read
+        at = self.used.index(segment.head)
+        read[at] = logits
         if segment.head == self.used[-1]:
-            return self._answers(group, segment.head), None
-        stop = self.policy.stop(group.read[self._so_far[self.used.index(segment.head)]])
+            return self._answers(i, group, at), None
+        stop = self._guarded(i, group.place, lambda: self.policy.stop(read[: at + 1]), self.policy.label)
         leaving = np.count_nonzero(stop)
         if not leaving:
             return None, group
         if leaving == len(stop):
-            return self._answers(group, segment.head), None
-        left = _Group(group.place[stop], None, group.since[stop], group.read[:, stop])
-        return self._answers(left, segment.head), self._only(group, np.flatnonzero(~stop))
+            return self._answers(i, group, at), None
+        left = _Group(group.place[stop], None, group.since[stop], read[:, stop])
+        return self._answers(i, left, at), self._only(group, np.flatnonzero(~stop))
 
-    def _answers(self, group: _Group, exit: int) -> Answers:
+    def _answers(self, i: int, group: _Group, at: int) -> Answers:
         assert group.read is not None
+        exit = self.used[at]
         exits = np.full(len(group), exit)
-        logits = self.policy.answer(group.read, exits)
+        # A copy: a view would hold on to what all exits said.
+        logits = group.read[at].copy() if self._as_taken else self._answered_with(i, group.place, group.read, exits)
         self._check_answer(exit, logits, group.place)
         return Answers(group.place, exits, logits, 1e3 * (perf_counter() - group.since))
+
+    def _answered_with(self, i: int, place: Sequence[int] | Ints, read: Floats, exits: Ints) -> Floats:
+        """What the policy answers, given what was read [U, B, K]: it counts exits as the network does [E, B, K]."""
+        every = read
+        if len(read) != self.net.n_exits:
+            every = np.full((self.net.n_exits, *read.shape[1:]), np.nan, read.dtype)
+            every[list(self.used)] = read
+        return self._guarded(i, place, lambda: self.policy.answer(every, exits), self.policy.label)  # type: ignore[no-any-return]
 
     def _only(self, group: _Group, keep: Ints) -> _Group:
         read = None if group.read is None else group.read[:, keep]
@@ -286,9 +320,9 @@ class Executor:
 
         return torch.cat(tuple(states))
 
-    def _unread(self, logits: Floats) -> Floats:
-        """Room for what exits say [E, B, K]. NaN: an answer that needs an exit which was not read must not look like one."""
-        return np.full((self.net.n_exits, *logits.shape), np.nan, logits.dtype)
+    def _unread(self, logits: Floats, n: int) -> Floats:
+        """Room for what the exits in use say of ``n`` samples. NaN: an answer that needs what was not read must not look like one."""
+        return np.full((len(self.used), n, *logits.shape[1:]), np.nan, logits.dtype)
 
     def _check_answer(self, exit: int, logits: Floats, place: Sequence[int] | Ints) -> None:
         if not _finite(logits):
@@ -296,21 +330,29 @@ class Executor:
                 f"{self.policy.label} answers at exit {exit + 1} with logits of exits that were not read, for {_named(place)}"
             )
 
-    def _guarded(self, i: int, place: Sequence[int] | Ints, work: Callable[[], Any]) -> Any:
+    def _guarded(self, i: int, place: Sequence[int] | Ints, work: Callable[[], Any], who: str = "the engine") -> Any:
         try:
             return work()
         except AnytimeError:
             raise
         except Exception as error:
-            raise self._failed(i, place, error) from error
+            raise self._failed(i, place, error, who) from error
 
-    def _failed(self, i: int, place: Sequence[int] | Ints, error: Exception) -> AnytimeError:
-        """What to say when the start (``i`` -1) or segment ``i`` breaks."""
+    def _failed(self, i: int, place: Sequence[int] | Ints, error: Exception, who: str = "the engine") -> AnytimeError:
+        """What to say when ``who`` breaks at the start (``i`` -1) or at segment ``i``."""
         what = f"segment {i + 1} of {len(self.plan)}" if i >= 0 else "start"
-        if isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
             hint = f"{len(place)} samples at once: give a batch under {self.batch}" if self.batch > 1 else "one sample"
             return AnytimeError(f"{what}: no memory for {hint}")
-        return AnytimeError(f"{what}: the engine failed on {_named(place)}: {first_line(error)}")
+        return AnytimeError(f"{what}: {who} failed on {_named(place)}: {first_line(error)}")
+
+
+def _floating(x: Any, what: str) -> Floats:
+    """As an array; UsageError for pixels and other integers, which would go in as if they were normalised."""
+    x = np.asarray(x)
+    if x.dtype.kind != "f":
+        raise UsageError(f"{what} {x.dtype}: give floating point, normalised as the network was trained")
+    return x  # type: ignore[no-any-return]
 
 
 def _check_read(exit: int, logits: Floats, place: Sequence[int] | Ints) -> None:

@@ -124,7 +124,9 @@ def save(
 ) -> Path:  # fmt: skip
     """Write the network of ``exp`` that ``words`` of its row name, for ``anytime.load``; answer its manifest.
 
-    As ``python -m anytime export``: what is not trained yet is. ``exp`` is an Experiment, or the name or path of one.
+    As ``python -m anytime export``: what is not trained yet is. ``exp`` is an Experiment, or the name or path of one. Without a
+    policy every exit is written, for the one that ``anytime.load`` may be given; the default there, the last exit, then runs the
+    heads of the others too.
     """
     found = exp if isinstance(exp, Experiment) else experiment(exp)
     return write_bundle(choose(words, (), Path(results), policy, budget, exp=found), Path(to))

@@ -160,7 +160,7 @@ def _memory_mb(reset: bool = False) -> float | None:
         return None
 
 
-def _child(jobs_file: str, report_file: str) -> None:
+def _child(jobs_file: str, report_file: str, device: str = "cpu") -> None:
     beat = _pulse()
     beat()
     try:
@@ -187,6 +187,8 @@ def _child(jobs_file: str, report_file: str) -> None:
         before, begun, new = _memory_mb(reset=True), perf_counter_ns(), id(net) not in opened
         if new:
             net.open(threads)
+            if device != "cpu":
+                net.move(device)
             opened.add(id(net))
             beat()
         _ready(net, runs[-1].segments, samples[0][:batch], beat)

@@ -365,6 +365,18 @@ def test_an_engine_that_breaks_says_so(chosen, bundle):
             hurt(images(chosen, 1)[0])
 
 
+def test_a_bad_image_among_many_takes_nothing_back(chosen, bundle):
+    net, shown = anytime.load(bundle), list(images(chosen))
+    right = net.batch(shown)
+    for bad, kind in ((shown[50][:8], UsageError), (shown[50] / 255 * np.nan, UsageError)):
+        with pytest.raises(kind, match="image 50") as caught:
+            net.batch([*shown[:50], bad, *shown[51:]], batch=8)
+        said = caught.value.answered
+        places = [a.place for a in said]
+        assert len(places) > 20 and places == sorted(places)
+        assert [a[:3] for a in said] == [right[i][:3] for i in places]
+
+
 # The manifest
 
 

@@ -1,6 +1,7 @@
 """The executor gives the offline answers, for every policy, batch size, exit pattern and engine."""
 
 import gc
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from anytime.onnx_net import OnnxNet, OpenVINONet, written
 from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.fixed import Fixed
 from anytime.policies.patience import Patience
+from anytime.policies.reading import Reading
 from anytime.policies.sdn import SDN
 from anytime.quant.graph import Widths, prepared
 from anytime.quant.trace import traced
@@ -232,7 +234,10 @@ class Failing(Net):
     [
         (np.nan, "not finite"), (np.inf, "not finite"), (RuntimeError("kernel died\nlong story"), "the engine failed on"),
         (MemoryError(), "give a batch under 8"),
+        (RuntimeError("[ONNXRuntimeError] : 1 : FAIL : BFCArena ... Failed to allocate memory for requested buffer"), "a batch under 8"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "give a batch under 8"),
     ],
+    ids=lambda p: str(p)[:20],
 )  # fmt: skip
 def test_an_engine_that_breaks_takes_nothing_back(how, said):
     x = samples(40)
@@ -267,6 +272,113 @@ def test_an_engine_that_breaks_on_a_sample_alone_names_it(how, said):
     np.testing.assert_array_equal(caught.value.answered.logits, logits[:4])
 
 
+@pytest.mark.parametrize("of", ["join", "rows", "_unread"])
+def test_memory_that_ends_between_segments_takes_nothing_back(of, monkeypatch):
+    work, left = getattr(Executor, of), iter(range(99))
+
+    def fails(self, *args):
+        if next(left) == 6:
+            raise MemoryError
+        return work(self, *args)
+
+    monkeypatch.setattr(Executor, of, fails)
+    with pytest.raises(Broken, match="no memory for 8 samples at once: give a batch under 8") as caught:
+        Executor(Net(), MIXED, 8).run(samples(200))
+    assert len(caught.value.answered.place)
+
+
+def test_memory_that_ends_when_samples_are_put_together_says_so(monkeypatch):
+    def fails(arrays):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "stack", fails)
+    with pytest.raises(AnytimeError, match="no memory for 8 samples at once: give a batch under 8"):
+        list(Executor(Net(), MIXED, 8).stream(samples(20)))
+
+
+class AnswersTooFew(Net):
+    """Gives the previous batch's answers, as OpenVINO did without memory."""
+
+    def __init__(self, n=3):
+        super().__init__()
+        self.n = n
+
+    def step(self, segment, state):
+        state, logits = super().step(segment, state)
+        return state, np.resize(logits, (self.n, K))
+
+
+@pytest.mark.parametrize(
+    "batch, n, said", [(8, 3, "answered 3 of 8 samples"), (8, 1, "answered 1 of 8"), (1, 3, "failed on sample 0")]
+)
+def test_an_engine_that_answers_too_few_is_found_out(batch, n, said):
+    with pytest.raises(Broken, match=f"^segment 1 of 4: the engine {said}"):
+        Executor(AnswersTooFew(n), MIXED, batch).run(samples(20))
+
+
+def test_predictions_of_too_few_are_found_out(monkeypatch):
+    net = TorchNet(trained(Tiny()), {}, simulated=False)
+    step = net.step
+    monkeypatch.setattr(net, "step", lambda segment, state: (step(segment, state)[0], step(segment, state)[1][:3]))
+    with pytest.raises(AnytimeError, match="torch answered 3 samples of 8: give a batch under 8"):
+        net.predict(data().test.x[:8].numpy(), batch=8)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("part", ["stop", "answer"])
+def test_a_policy_that_breaks_takes_nothing_back(part, batch):
+    asked = []
+
+    class Breaks(MaxProb):
+        def stop(self, logits):
+            return self.counted("stop") or super().stop(logits)
+
+        def answer(self, logits, exits):
+            return self.counted("answer") or super().answer(logits, exits)
+
+        def counted(self, here):
+            asked.append(here)
+            if asked.count(part) == 4:
+                raise IndexError("no such place")
+
+    with pytest.raises(Broken, match=r"segment \d of 4: Breaks failed on .*sample.*: no such place") as caught:
+        Executor(Net(), Breaks(thresholds=(0.8,) * 3), batch).run(samples(200))
+    assert len(caught.value.answered.place)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_frame_buffer_may_be_filled_again(batch):
+    x = samples(40)
+
+    def frames():
+        buffer = np.empty(5, np.float32)
+        for sample in x:
+            buffer[:] = sample
+            yield buffer
+
+    exits, logits = oracle(Net(), MIXED, x)
+    for block in Executor(Net(), MIXED, batch).stream(frames()):
+        np.testing.assert_array_equal(block.logits, logits[block.place])
+
+
+def test_exits_that_are_read_with_gaps_are_handed_over_without_a_copy():
+    class Looks(MaxProb):
+        def stop(self, logits):
+            shared.append(logits.base is not None and logits.base.shape[0] == 3)
+            return super().stop(logits)
+
+    x, shared = samples(40), []
+    looks, plain = (Reading(of=kind(thresholds=(0.8, 0.8)), chosen=(0, 2, 3)) for kind in (Looks, MaxProb))
+    for of in (plain, plain.tempered((0.7, 1.1, 1.3, 2.0)), replace(plain, of=plain.of.tempered((0.7, 1.3, 2.0)))):
+        exits, logits = oracle(Net(), of, x)
+        for batch in (1, 7):
+            ran = Executor(Net(), of, batch).run(x)
+            np.testing.assert_array_equal(ran.exits, exits)
+            np.testing.assert_array_equal(ran.logits, logits)
+            Executor(Net(), looks, batch).run(x)
+    assert shared and all(shared)
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_policy_that_answers_with_what_it_has_not_read_is_an_error(batch):
     class Greedy(MaxProb):
@@ -282,6 +394,14 @@ def test_questions_without_sense():
         Executor(Net(), MIXED, 0)
     with pytest.raises(UsageError, match=r"sample 1 has the shape \(4,\)"):
         list(Executor(Net(), MIXED, 8).stream([np.zeros(5, np.float32), np.zeros(4, np.float32)]))
+    with pytest.raises(UsageError, match="one sample, not 2"):
+        Executor(Net(), MIXED).one(samples(2))
+    for dtype in (np.uint8, np.int64, np.complex64, bool):
+        given = np.ones((3, 5), dtype)
+        with pytest.raises(UsageError, match=f"^the samples are {given.dtype}: give floating point, normalised"):
+            Executor(Net(), MIXED).run(given)
+        with pytest.raises(UsageError, match=f"^sample 2 is {given.dtype}: give floating point, normalised"):
+            list(Executor(Net(), MIXED).stream([*samples(2), *given]))
     assert list(Executor(Net(), MIXED, 8).stream([])) == []
     assert len(Executor(Net(), MIXED, 8).run(samples(0)).place) == 0
 
@@ -311,7 +431,8 @@ def engines(spec):
     yield "ONNX Runtime FP32", OnnxNet(trained(spec), {}, writes(float_chain), {}), True
     yield "ONNX Runtime INT8", OnnxNet(chain, {}, writes(chain), {}), False
     if find_spec("openvino"):
-        yield "OpenVINO INT8", OpenVINONet(chain, {}, writes(chain), {}), True
+        yield "OpenVINO FP32", OpenVINONet(trained(spec), {}, writes(float_chain), {}), True
+        yield "OpenVINO INT8", OpenVINONet(chain, {}, writes(chain), {}), False
 
 
 def between(scores):

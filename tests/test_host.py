@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -19,19 +20,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from anytime import cpu, stopwatch
 from anytime.backend import Deployable, Segment, TorchNet
+from anytime.backends.torch_compile import CompiledNet
 from anytime.board import Replayed, Timing
 from anytime.boards import host
 from anytime.boards.host import Host
+from anytime.ensemble_net import EnsembleNet
 from anytime.errors import AnytimeError, UsageError
 from anytime.metrics import Floats
+from anytime.model import AnytimeModel
 from anytime.policies.fixed import Fixed
 from anytime.policy import Policy
 from anytime.scoring import percentiles, timing_rows
+from anytime.spec import key
 from anytime.workshop import Workshop
-from tests.contracts.board import K, N, Sure, chain, network, onnx, samples, simulated, sure
+from tests.contracts.board import K, N, Sure, chain, check, network, onnx, samples, simulated, sure
 
 X = samples()
 
@@ -484,11 +490,18 @@ class Onnx(TorchNet):
     format = "onnx"
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, readings: Callable[[int, Any], list[int]]) -> list[list[str]]:
-    """Replace the processes by ones whose every sample has ``readings(launch, net)``; lists the formats that each one ran."""
+def launched(
+    monkeypatch: pytest.MonkeyPatch, readings: Callable[[int, Any], list[int]], told: list[str] | None = None
+) -> list[list[str]]:
+    """Replace the processes by ones whose every sample has ``readings(launch, net)``; lists the formats that each one ran.
+
+    ``told`` is given each one's device.
+    """
     seen: list[list[str]] = []
 
-    def launch(file: Path, threads: int, who: str) -> dict[str, Any]:
+    def launch(file: Path, threads: int, who: str, device: str) -> dict[str, Any]:
+        if told is not None:
+            told.append(device)
         _, _, _, _, jobs, x = host.pickle.loads(file.read_bytes())
         seen.append([net.format for net, _ in jobs])
         rows = [np.array([readings(len(seen), net)] * len(x)) for net, _ in jobs]
@@ -635,6 +648,138 @@ def test_a_temporary_folder_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(host.tempfile, "tempdir", str(tmp_path / "absent"))
     with pytest.raises(AnytimeError, match="set TMPDIR"):
         Host().time([network(1)], X)
+
+
+# A GPU, which no machine that ran these tests has had
+
+
+def seen(monkeypatch: pytest.MonkeyPatch, bf16: bool = True) -> None:
+    """Let torch say that there is a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+
+
+def test_a_board_with_a_gpu_is_another_board_and_the_cpu_s_keeps_its_key() -> None:
+    assert key(Host()) == key(Host(device="cpu")) == "ca3211bd33e6"  # what the records say
+    assert key(Host(device="cuda")) != key(Host())
+    assert (Host(device="cuda").name, Host(device="cuda", batch=4).name) == ("host, cuda", "host, cuda, batch 4")
+    with pytest.raises(UsageError, match="device='cudaa' must be one of 'cpu', 'cuda'; did you mean"):
+        Host(device="cudaa")  # type: ignore[arg-type]
+
+
+def test_without_cuda_the_board_says_why_and_that_another_machine_may_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    board = Host(device="cuda")
+    for built, said in ((None, "was built without it$"), ("13.0", "it was built for CUDA 13.0 and finds no GPU or no driver$")):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        why = board.why_not(network(2)) or ""
+        assert re.match(f"torch sees no CUDA here: .*{said}", why) and why == board.lacks("torch", ())
+        with pytest.raises(AnytimeError, match="host, cuda cannot time torch: torch sees no CUDA here: "):
+            board.time([network(2)], X)
+    assert board.facts()["gpu"] == "none that torch sees" and "gpu" not in Host().facts()
+
+
+def test_a_gpu_is_given_only_what_torch_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch)
+    board = Host(device="cuda")
+    assert board.why_not(network(2)) is None
+    for net in (onnx(2), CompiledNet(chain(2), {}, False, "torch.compile"), EnsembleNet([network(1)], [nn.Identity()], K, False)):
+        assert f"host, cuda runs what torch runs as it stands, not {net.execution}: " in (board.why_not(net) or "")
+    assert "no latency" in (board.why_not(simulated()) or "")
+
+
+def test_a_gpu_needs_no_kernels_of_the_cpu_but_those_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset())
+    seen(monkeypatch, bf16=False)
+    assert Host(device="cuda").why_not(needing(*cpu.FP16_KERNELS)) is None
+    assert "does not multiply bfloat16" in (Host(device="cuda").why_not(needing(*cpu.BF16_KERNELS)) or "")
+    seen(monkeypatch)
+    assert Host(device="cuda").why_not(needing(*cpu.BF16_KERNELS)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_network_that_moves_keeps_its_type_and_its_states_stay_there(dtype: torch.dtype) -> None:
+    net = TorchNet(chain(2).to(dtype), {}, simulated=False, dtype=dtype)
+    net.move("meta")  # torch's device without memory: it shows where a tensor is, and knows no value
+    assert {(p.device.type, p.dtype) for p in net.twin.parameters()} == {("meta", dtype)}
+    state = net.start(X)
+    for k in range(2):
+        assert (state.device.type, state.dtype) == ("meta", dtype)
+        state, _ = net.step(Segment(k, k + 1, None), state)
+    assert net.start(np.zeros((2, 3, 8, 8), np.float32)).is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # logits are asked back
+        net.step(Segment(2, 2, 1), state)
+
+
+def test_what_is_no_image_moves_too() -> None:
+    net = TorchNet(AnytimeModel([nn.Linear(8, 8)], [nn.Linear(8, K)]), {}, simulated=False)
+    net.move("meta")
+    assert net.start(np.zeros((3, 8), np.float32)).device.type == "meta"
+
+
+def test_a_network_in_channels_last_says_the_same() -> None:
+    here, moved = network(3), network(3)
+    moved.move("cpu")
+    assert moved.twin.stages[1][0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[index, operator, union-attr]
+    np.testing.assert_allclose(moved.predict(X), here.predict(X), atol=1e-5)
+
+
+def test_a_stage_without_a_head_is_waited_for_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a stage's time would be that of asking for it, and its head's hold both."""
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    net = network(2)
+    state, _ = net.step(Segment(0, 1, None), net.start(X))
+    assert not waited
+    net.device = "cuda"
+    net.step(Segment(1, 2, None), state)
+    assert waited == [1]
+
+
+def test_fp32_on_a_gpu_is_no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    net = network(1)
+    monkeypatch.setattr(net.twin, "to", lambda *_, **__: None)
+    net.move("cuda")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32 and net.device == "cuda"
+
+
+class Moving(Sizes):
+    """Notes where it was moved to, and before which run."""
+
+    moved: list[tuple[str, int]] = []
+
+    def move(self, device: str) -> None:
+        self.moved.append((device, len(self.ran)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_process_that_times_moves_a_network_once_before_it_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str
+) -> None:
+    net = Moving(chain(2), {}, simulated=False)
+    for cls, name in ((Sizes, "ran"), (Moving, "moved")):
+        monkeypatch.setattr(cls, name, [])
+    monkeypatch.setattr(stopwatch, "_interleave", lambda *_: {})
+    jobs = [(net, Fixed(0)), (net, Fixed(1))]
+    (tmp_path / "jobs").write_bytes(pickle.dumps((torch.get_num_threads(), 0, 1, 1, jobs, X)))
+    stopwatch._child(str(tmp_path / "jobs"), str(tmp_path / "report"), device)
+    assert Moving.moved == ([("cuda", 0)] if device == "cuda" else []) and len(Sizes.ran) == 2
+
+
+def test_the_process_that_times_is_told_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    seen(monkeypatch)
+    monkeypatch.setattr(host, "_gpu", lambda: {"gpu": "NVIDIA H200"})
+    launched(monkeypatch, lambda launch, net: [1] * 4, told)
+    (timing,) = Host(device="cuda", launches=2).time([network(1)], X)
+    Host(launches=1).time([network(1)], X)
+    assert told == ["cuda", "cuda", "cpu"] and timing.facts["gpu"] == "NVIDIA H200"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
+def test_a_gpu_keeps_the_contract_of_boards() -> None:
+    check(Host(launches=2, warmup=1, device="cuda"))
 
 
 # How a process can end

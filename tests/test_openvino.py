@@ -205,6 +205,38 @@ def test_a_wrong_shape_is_not_repeated_into_the_right_one(integers):
             run([x.astype(np.float64)])
 
 
+def test_memory_that_ends_in_silence_is_found_out(integers, monkeypatch):
+    """A batch for which OpenVINO found no memory was answered with the one before, and no error."""
+    run = OpenVINOGraph(integers.graph(Segment(0, 1, 0)), 1)
+    right = run([X[:4]])
+    request = run._any
+
+    class Stale:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def infer(self):
+            return dict(enumerate(right))
+
+    real = request._request
+    with monkeypatch.context() as without:
+        without.setattr(request, "_request", Stale())
+        with pytest.raises(MemoryError, match="no memory for 16 samples at once"):
+            run([X[:16]])
+        assert not request._inputs
+    assert all(np.array_equal(a, b) for a, b in zip(run([X[:4]]), right, strict=True))
+
+
+@pytest.mark.parametrize("x", [X[:2, :, :8], X[:2, 0], X[:2, :1]], ids=lambda x: str(x.shape))
+def test_onnx_runtime_says_both_shapes(x):
+    run = OnnxRuntimeGraph(made(OnnxRuntime(of=Float32())).graph(Segment(0, 1, 0)), 1)
+    with pytest.raises(UsageError) as caught:
+        run([x])
+    assert str(caught.value) == f"an input of shape {x.shape} where the graph takes ('batch', 3, 16, 16)"
+    with pytest.raises(Exception, match="(?i)data type"):
+        run([X[:2].astype(np.float64)])
+
+
 def test_threads_are_taken(integers):
     integers.open(2)
     integers.step(integers.plan([0])[0], integers.start(X[:1]))

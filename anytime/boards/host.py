@@ -1,4 +1,4 @@
-"""This machine's own CPU, timed in fresh processes (anytime/stopwatch.py)."""
+"""This machine's own CPU, or its GPU, timed in fresh processes (anytime/stopwatch.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ NOISY_RULE = (
 
 @dataclass(frozen=True)
 class Host(Board):
-    """Time networks on this machine's CPU in ``launches`` fresh processes one after the other.
+    """Time networks on this machine in ``launches`` fresh processes one after the other.
 
     ``batch`` 1 is latency. With more it is throughput: x is cut into batches, and times are those of a batch divided by its size,
     whole batches alone. A policy is executed on 8 batches at a time, where samples that stay wait for each other, so that
@@ -67,6 +67,12 @@ class Host(Board):
     and ``memory_mb``, by how much opening and running it once raised the peak of the process; medians over launches, absent where
     another job had opened it.
 
+    ``device`` "cuda" runs what torch runs as it stands on torch's current GPU, in channels_last; FP16 and BF16 are networks that
+    ``Float16()`` and ``BFloat16()`` made, which they do where the CPU has such kernels too. Times hold the transfers: the sample's to
+    the GPU, each read head's logits back, which is what is waited for; timed link by link, every stage and every head is waited for.
+    CPU times hold what the process waits in, ``first_answer_ms`` starting CUDA, ``memory_mb`` the host's memory alone. Written
+    without a GPU at hand and never run on one.
+
     Source: this project.
     """
 
@@ -74,6 +80,7 @@ class Host(Board):
     launches: int = 3
     warmup: int = 10
     batch: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,11 +92,16 @@ class Host(Board):
 
     @property
     def name(self) -> str:
-        return "host" if self.batch == 1 else f"host, batch {self.batch}"
+        return "host" + ", cuda" * (self.device == "cuda") + f", batch {self.batch}" * (self.batch > 1)
 
     def _why_not(self, net: Deployable) -> str | None:
         if net.format not in ENGINES:
             return f"host runs {', '.join(ENGINES)}, not {net.format}"
+        if self.device not in net.devices:
+            return (
+                f"host, cuda runs what torch runs as it stands, not {net.execution}: ONNX Runtime would need its CUDA provider, "
+                "which no session here asks for, torch.compile and ensembles a device of their own; OpenVINO and TFLite have no CUDA"
+            )
         return self.lacks(net.format, net.needs)
 
     def lacks(self, form: str, needs: Sequence[str]) -> str | None:
@@ -98,6 +110,8 @@ class Host(Board):
             return f"{package} is not installed here: pip install {package}"
         if self.threads > _cores():
             return f"host may use {_cores()} cores, fewer than threads={self.threads}: set fewer threads"
+        if self.device == "cuda":  # the CPU's kernels do not matter
+            return _no_cuda(needs)
         if needs:
             wanted = ", ".join(needs)
             if not cpu.flags():
@@ -123,6 +137,7 @@ class Host(Board):
             **{package: _version(package) for package in (*ENGINES.values(), "numpy")},
             "pressure_avg10": avg10[1] if avg10 else "unknown",
             "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+            **(_gpu() if self.device == "cuda" else {}),
         }
 
     def time(self, nets: Sequence[Deployable], x: Floats) -> list[Timing]:
@@ -168,7 +183,7 @@ class Host(Board):
                     where = f"{self.name}, launch {launch + 1} of {self.launches}"
                     what = ", ".join(dict.fromkeys(jobs[i][0].execution for i in members))
                     reports[group].append(
-                        _launch(Path(folder) / f"jobs{group}", self.threads, f"{where}: the process that ran {what}")
+                        _launch(Path(folder) / f"jobs{group}", self.threads, f"{where}: the process that ran {what}", self.device)
                     )
         found: dict[int, tuple[NDArray[np.int64], dict[str, str]]] = {}
         for group, members in groups.items():
@@ -190,6 +205,34 @@ def _cpuinfo(field: str) -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _no_cuda(needs: Sequence[str]) -> str | None:
+    """Why torch cannot run such numbers on a GPU here; None when it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda and f"it was built for CUDA {torch.version.cuda} and finds no GPU or no driver"
+        return f"torch sees no CUDA here: {built or f'torch {torch.__version__} was built without it'}"
+    if set(needs) & set(cpu.BF16_KERNELS) and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "this GPU does not multiply bfloat16: it would time an emulation"
+    return None
+
+
+def _gpu() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"gpu": "none that torch sees"}
+    its = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": its.name,
+        "gpu_memory_gb": f"{its.total_memory / 1e9:.1f}",
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
+        "tf32": "no",
+        "layout": "channels_last",
+    }
 
 
 def _version(package: str) -> str:
@@ -256,7 +299,7 @@ def _write(path: Path, *payload: Any) -> None:
         ) from error
 
 
-def _launch(jobs: Path, threads: int, who: str) -> dict[str, Any]:
+def _launch(jobs: Path, threads: int, who: str, device: str = "cpu") -> dict[str, Any]:
     """Run the file ``jobs`` in a fresh process that dies with us; AnytimeError says how it failed."""
     report, words = jobs.with_suffix(".report"), jobs.with_suffix(".stderr")
     env = {
@@ -264,7 +307,7 @@ def _launch(jobs: Path, threads: int, who: str) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path),
         "OMP_NUM_THREADS": str(threads),  # for the pools that no network's open() sizes
     }
-    command = [sys.executable, "-P", "-m", "anytime.stopwatch", str(jobs), str(report)]
+    command = [sys.executable, "-P", "-m", "anytime.stopwatch", str(jobs), str(report), device]
     with (
         words.open("wb") as stderr,
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=env) as child,
