@@ -118,8 +118,8 @@ def compare(a: str, b: str, results: Path, allowed: Mapping[str, float]) -> Comp
 
     Networks are paired by their specs, what is left by what it is called; accuracies sample by sample where both sides hold
     predictions of the same test labels under the same training seeds (Tango's interval, averaged over seeds), else apart. Times
-    have an interval where both were measured in several sessions; those of two machines are not comparable. A pair is worse when it is so by more than is allowed *and* its
-    interval, if it has one, says so too. UsageError where nothing is paired.
+    have an interval where both were measured in several sessions; those of two machines are not comparable. A pair is worse when
+    it is so by more than is allowed *and* its interval, if it has one, says so too. UsageError where nothing is paired.
     """
     left, right, said = sides(a, results), sides(b, results), Comparison()
     alone = len(left) == len(right) == 1
@@ -211,8 +211,8 @@ def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -
         timed, others_timed = ({board for boards in n.times.values() for board in boards} for n in (ours, theirs))
         said.only_a += [f"{name}: its times on {board}" for board in sorted(timed - others_timed)]
         said.only_b += [f"{name}: its times on {board}" for board in sorted(others_timed - timed)]
-    for difference, models in unlike.items():
-        where, *values = json.loads(difference)
+    for what, models in unlike.items():
+        where, *values = json.loads(what)
         of = "" if len(models) == len(paired) else f"{', '.join(dict.fromkeys(models))}: "
         for made, value in zip((said.made_a, said.made_b), values, strict=True):
             if (line := f"{of}{where} {value}") not in made:
@@ -221,8 +221,8 @@ def _compare(a: Side, b: Side, allowed: Mapping[str, float], said: Comparison) -
 
 
 def _differing(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Fields of two whole specs that both have, and what each says: ("recipe.epochs", 1, 60). Labels, which networks are paired by,
-    leave recipes out.
+    """Fields of two whole specs that both have, and what each says: ("recipe.epochs", 1, 60). Labels, which networks are paired
+    by, leave recipes out.
     """
     if isinstance(a, dict) and isinstance(b, dict) and a.get("is") == b.get("is"):
         for name in a:

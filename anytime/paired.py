@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from anytime.gather import Asked, Network, Row
+from anytime.gather import LEFT_OUT, Asked, Network, Row
 from anytime.metrics import Bools, Ints, paired_loss
 
 
@@ -31,9 +31,8 @@ class Answered:
             if theirs is None or ours is None or len(theirs) != len(ours):
                 continue
             if not np.array_equal(self._labels[reference.files[seed]], self._labels[network.files[seed]]):
-                self.troubles.append(
-                    f"cells {reference.cells[seed]} and {network.cells[seed]} were asked of different test labels: no loss between them"
-                )
+                between = f"the loss between cells {reference.cells[seed]} and {network.cells[seed]}"
+                self.troubles.append(f"{between} is{LEFT_OUT}they were asked of different test labels")
                 continue
             losses.append(paired_loss(theirs, ours))
         means = map(statistics.fmean, zip(*losses, strict=True))

@@ -13,8 +13,8 @@ import pandas as pd
 from anytime.errors import UsageError, WriteError, near
 from anytime.rows import rows as rows
 from anytime.styles import LATEX, MD, PLAIN, Style, md_table
+from anytime.tables import LEFT, pivots, provenance, sections, warnings, words
 from anytime.tables import pivot as pivot
-from anytime.tables import pivots, provenance, sections, warnings, words
 
 FORMATS = ("md", "csv", "tex")  # written unless others are asked for; "html" is the page
 
@@ -89,7 +89,7 @@ def _markdown(rows: pd.DataFrame) -> list[str]:
         blocks += [f"{'#' * section.level} {section.title}", section.lead]
         blocks += [md_table(section.header, section.body) if section.header else "", MD.between.join(section.notes)]
     if rows.attrs["troubles"]:
-        blocks += ["## Unreadable records", "\n".join(f"- {trouble}" for trouble in rows.attrs["troubles"])]
+        blocks += [f"## {LEFT}", "\n".join(f"- {trouble}" for trouble in rows.attrs["troubles"])]
     blocks += ["## Made with", "\n".join(f"- {line}" for line in provenance(rows))]
     glossary = words(rows)
     return [*blocks, f"## {glossary.title}", md_table(glossary.header, glossary.body)] if glossary else blocks

@@ -363,7 +363,7 @@ def _decisions(policies: Sequence[Row], notes: list[str]) -> Iterator[Section]:
 
 def _side_by_side(judged: Sequence[Row]) -> Section:
     """The arms of the policy that stands for all, side by side: what a reader wants first."""
-    shown = example(list(dict.fromkeys(row["policy"] for row in judged if row["arm"] == "share-matched")))
+    shown = example((row["policy"], not absent(row["gain"])) for row in judged if row["arm"] == "share-matched")
     lines: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in judged:
         if row["policy"] in shown and not row["reference"]:

@@ -124,6 +124,20 @@ def test_fields_of_specs_that_differ_are_named():
     assert list(_differing(a, b | {"new": 1})) == [("recipe.epochs", 1, 60), ("recipe.loss", "A", "B")]
 
 
+def test_what_one_side_leaves_to_a_default_is_said_where_the_other_differs_from_it_and_of_which_network(tmp_path):
+    defaults = {"Recipe 1": {"epochs": 30, "loss": {"is": "CE", "version": 1}}}
+    for name, epochs, told in (("a", 60, defaults), ("b", 30, {"Recipe 1": {**defaults["Recipe 1"], "cutout": 0}})):
+        to = side(tmp_path, name)
+        for i, model in enumerate(("LeNet", "B-LeNet")):
+            cell = Cell(to, i, model, "FP32", "FP32", "torch")
+            recipe = {"is": "Recipe", "version": 1, "epochs": epochs if i else 30} | ({"cutout": 8} if name == "a" and i else {})
+            cell.spec, cell.facts = cell.spec | {"recipe": recipe}, cell.facts | {"defaults": told}
+            cell.eval([first(8), first(2 if name == "a" else 14)])
+    said = compared(tmp_path)
+    assert said.count("worse") and sorted(said.made_a) == ["B-LeNet: recipe.cutout 8", "B-LeNet: recipe.epochs 60"]
+    assert sorted(said.made_b) == ["B-LeNet: recipe.cutout 0", "B-LeNet: recipe.epochs 30"], "cutout came after its record"
+
+
 def test_two_samples_have_newcombe_s_interval():
     # Newcombe 1998, table II, example (a): 56/70 - 48/80, method 10.
     value, lo, hi = _apart(Interval(*wilson(48, 80)), Interval(*wilson(56, 70)))
@@ -151,6 +165,33 @@ def test_on_a_busy_machine_cpu_time_is_compared(tmp_path):
     for name, noisy in (("a", False), ("b", True)):
         Cell(side(tmp_path, name), 0, "LeNet", "FP32", "FP32", "torch").eval([first(3)]).measure(0.5, noisy=noisy)
     assert of(compared(tmp_path), "cpu_ms", "exit 1").board == "host"
+
+
+@pytest.mark.parametrize("name, a, b", [("flags", "avx2 avx512_vnni", "avx2 avx_vnni"), ("threads", "1", "2")])
+def test_times_of_another_machine_are_neither_better_nor_worse(tmp_path, capsys, name, a, b):
+    for of_side, told, ms in (("a", a, 0.5), ("b", b, 0.9)):
+        to = side(tmp_path, of_side)
+        run(to, ms=ms)
+        for path in to.folder.glob("*measure*"):
+            said = json.loads(path.read_text())
+            said["facts"]["device"] |= {name: told, "onnxruntime": told}  # what it runs is what one may want to compare
+            path.write_text(json.dumps(said))
+    said = compared(tmp_path)
+    assert {p.verdict for p in said.pairs if p.board} == {"not comparable"}
+    pair = of(said, "latency_ms_p50")
+    assert (pair.a, pair.b, pair.value, pair.how) == (1.0, 1.8, None, "another machine")
+    assert said.machines == [f"host: {name} {a} in A, {b} in B"]
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    text = capsys.readouterr().out
+    assert text.count("in A, ") == 1 and "| 1.000 ms | 1.800 ms |  | another machine |" in text and "2 not comparable" in text
+
+
+def test_a_machine_of_which_one_side_tells_less_is_taken_for_the_same(tmp_path):
+    for name, ms in (("a", 0.5), ("b", 0.9)):
+        run(side(tmp_path, name), ms=ms)
+    (path,) = (tmp_path / "b" / "records" / EXP).glob("*measure*")
+    path.write_text(path.read_text().replace('"threads": "1"', '"flags": "avx2"'))
+    assert of(compared(tmp_path), "latency_ms_p50").verdict == "worse"
 
 
 def test_times_of_several_sessions_have_an_interval(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from anytime import report
 from anytime.errors import UsageError
 from anytime.gather import gather
-from anytime.page import data, page
+from anytime.page import data, page, pieces
 from anytime.page.pictures import Pictures, keep
 from anytime.record import load
 from anytime.tables import pivots, sections
@@ -169,6 +169,34 @@ def test_flips_are_counted_by_the_exits_of_the_reference() -> None:
         ("OnnxRuntime(of=PTQ)", "refitted"): [[20, 0], [4, 16]],
         ("OnnxRuntime(of=PTQ)", "kept"): [[20, 0], [10, 10]],
     }
+
+
+def test_an_exit_has_the_shade_of_the_key_however_many_exits_its_network_has(to: Maker) -> None:
+    for i, (model, share) in enumerate((("B-LeNet", [0.5, 0.5]), ("B-AlexNet", [0.5, 0.25, 0.25]))):
+        Cell(to, i, model, "FP32", "FP32", "torch").eval([first(8), first(4)]).decide(20)
+        path = max(to.folder.glob("*decide*.json"))
+        said = json.loads(path.read_text())
+        said["points"][0]["share"] = share
+        path.write_text(json.dumps(said))
+    html = pieces.shares(data.groups(gather(load(to.folder.parent, EXP).records, [])))
+    key = dict(enumerate(re.findall(r'class="key" style="--k:([\d.]+)"', html)))
+    bars = [re.findall(r"--k:([\d.]+)", bar) for bar in re.findall(r'<div class="bar">(.*?)</div>', html)]
+    assert [len(bar) for bar in bars] == [2, 3] and all(dict(enumerate(bar)).items() <= key.items() for bar in bars)
+
+
+def test_the_policy_that_the_experiment_names_first_stands_for_all(to: Maker) -> None:
+    for i, backend in enumerate(("FP32", "PTQ")):
+        Cell(to, i, "B-LeNet", backend, backend, "torch").eval([first(8), first(4)]).decide(20)
+    for path in sorted(to.folder.glob("*decide*.json")):
+        said = json.loads(path.read_text())
+        for position, policy in ((1, "Entropy per exit"), (0, "Patience")):
+            point = said["points"][0] | {"policy_label": policy, "policy_position": position}
+            new = json.dumps(said | {"fact": f"{said['fact']}-{position}", "points": [point]})
+            path.with_name(f"{path.stem}-{position}.json").write_text(new)
+        path.unlink()
+    [group] = data.groups(gather(load(to.folder.parent, EXP).records, []))
+    found = data.decided(group)
+    assert found is not None and found.asked.policy == "Patience" and data.shares(group)[0] == "Patience"
 
 
 def test_images_are_ordered_by_the_mean_exit_then_by_confidence(to: Maker) -> None:

@@ -436,7 +436,7 @@ def decided(cell: Cell, early: int, arm: str, policy: str = "MaxProb", **said: A
     record = json.loads(path.read_text())
     point = record["points"][0]
     point |= {"policy_label": policy, "bound": False, "resamples": 500, "reference": {"macs": 2e5, "bops": 2e5 * 1024}} | said
-    record["fact"] += policy
+    record["fact"] += f"{policy}{said.get('budget', '')}"
     path.write_text(json.dumps(record))
 
 
@@ -563,10 +563,12 @@ def test_a_network_that_a_board_did_not_time_is_not_on_its_front(to: Maker) -> N
 def test_arms_have_two_figures_more(to: Maker, tmp_path: Path) -> None:
     rows = armed(to)
     left, *bars = figures.shares(rows).axes
-    assert not bars and len(left.patches) == 2 * 3  # two exits of FP32, of FP32 in ONNX Runtime and of PTQ
-    assert sum(patch.get_height() for patch in left.patches) == pytest.approx(300)
+    assert not bars and len(left.patches) == 2 * 4  # two exits of FP32, of FP32 trained again and in ONNX Runtime, and of PTQ
+    assert sum(patch.get_width() for patch in left.patches) == pytest.approx(400)
     axes = figures.arms(rows).axes
-    assert [len(a.lines) for a in axes] == [5, 5]  # the budget, FP32 and three arms, on both other backends
+    assert [len(a.lines) for a in axes] == [
+        7
+    ] * 3  # the budget, FP32 and five arms, on FP32 trained again and both other backends
     assert [p.name for p in report.write(to.folder.parent, EXP, tmp_path, [])] == [
         "golden.svg", "golden_shares.svg", "golden_arms.svg",
     ]  # fmt: skip
@@ -768,6 +770,78 @@ def test_where_all_points_have_the_same_macs_the_figure_sets_bit_operations(gold
     assert (left.get_xlabel(), left.get_xscale()) == ("bit operations a sample (G)", "log")
     assert np.asarray(left.lines[0].get_xdata())[0] == pytest.approx(1e-9 * same.loc[same["status"] == "done", "bops"].min())
     assert figures.figure(same.assign(bops=1.0)).axes[0].get_xlabel() == "MACs a sample (M)"
+
+
+def untimed(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(latency_ms_p50=math.nan, latency_ms_mean=math.nan)
+
+
+def test_exits_of_the_same_macs_in_several_arithmetics_that_nobody_timed_are_set_against_bit_operations(
+    golden: pd.DataFrame,
+) -> None:
+    drawn = figures.figure(untimed(golden)).axes
+    assert [axes.get_title() for axes in drawn] == ["Toy, LeNet", "Toy, B-LeNet"], "of networks of their own"
+    assert {(axes.get_xlabel(), axes.get_xscale()) for axes in drawn} == {("bit operations a sample (G)", "log")}
+    two = untimed(golden[golden["column"].isin(["FP32", "INT8 PTQ"])])
+    other = untimed(golden).assign(macs=golden["macs"] + golden["column"].eq("FP16"))
+    for rows in (two, other, golden):
+        assert figures.figure(rows).axes[0].get_xlabel() == "MACs a sample (M)"
+
+
+def test_of_more_columns_than_colours_the_reference_and_the_front_have_one_and_the_others_are_grey(golden: pd.DataFrame) -> None:
+    exits = golden[(golden["status"] == "done") & (golden["policy"] == "exit 2")].iloc[:1]
+    many = [exits.assign(column="FP32", reference=True, macs=9e6, accuracy=0.9, accuracy_hi=0.9)]
+    for i in range(20):  # each a little dearer than the one before it; every fifth one is better
+        accuracy = 0.5 + 0.01 * i if i % 5 == 0 else 0.4
+        many.append(exits.assign(column=f"c{i}", reference=False, macs=1e6 + i, accuracy=accuracy, cell=f"cell{i}"))
+    drawn = figures.figure(pd.concat(many, ignore_index=True))
+    keys = {text.get_text(): line.get_color() for text, line in
+            zip(drawn.legends[0].get_texts(), drawn.legends[0].get_lines(), strict=True)}  # fmt: skip
+    named = [keys.pop(name) for name in ("FP32", "c0", "c5", "c10", "c15")]
+    assert len({*named, figures.OTHERS}) == 6 and keys.pop("16 others") == figures.OTHERS and not {"c1", "c19"} & keys.keys()
+    _, *points = drawn.axes[0].lines
+    assert sum(len(line.get_xdata()) for line in points) == 21 and {line.get_color() for line in points} == {
+        *named,
+        figures.OTHERS,
+    }
+    few = figures.figure(pd.concat(many[: len(figures.COLOURS)], ignore_index=True)).legends[0]
+    assert not any("others" in text.get_text() for text in few.get_texts())
+
+
+def two_policies(to: Maker, *arms: str) -> pd.DataFrame:
+    """Decisions in these arms of "Patience", which the experiment names first, and of a policy with a threshold per exit."""
+    fp32 = Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)])
+    ptq = Cell(to, 1, "B-LeNet", "PTQ", "INT8 PTQ", "fake-quant").eval([first(9), first(4)], 8)
+    for position, policy in enumerate(("Patience", "Entropy per exit")):
+        for cell, arm in [(fp32, "refitted"), *((fp32 if arm == "retrained" else ptq, arm) for arm in arms)]:
+            for early, budget in ((20, 0.75), (30, 0.5)):
+                decided(cell, early, arm, policy, policy_position=position, budget=budget, regret=0.01)
+    return rows_of(to)
+
+
+def test_decisions_are_drawn_of_the_policy_that_the_experiment_names_first_in_all_their_arms(to: Maker) -> None:
+    rows = two_policies(to, "refitted", "kept", "temperature", "share-matched")
+    drawn = figures.arms(rows)
+    assert drawn.legends[0].get_title().get_text() == "Patience, thresholds"
+    names = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert names == ["FP32", "kept", "temperature", "share-matched", "refitted"]
+    [axes] = drawn.axes
+    assert [len(line.get_xdata()) for line in axes.lines] == [2] * 7, "two budgets, FP32, and two points of each arm"
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines[2:]}) == 5
+    left = figures.shares(rows)
+    assert left.get_suptitle().startswith("Patience, ")
+    assert [axes.get_title() for axes in left.axes] == ["budget 0.5", "budget 0.75"]
+    assert [[round(bar.get_width()) for bar in axes.patches] for axes in left.axes] == [[75, 25] * 2, [50, 50] * 2]
+    assert [label.get_text() for label in left.axes[0].get_yticklabels()] == ["INT8 PTQ, fake-quant", "FP32, torch"]
+    assert "| Patience |" in report.show(rows, "md").partition("## Decisions")[2].partition("### ")[0]
+
+
+def test_floors_are_drawn_without_a_share_matched_arm(to: Maker) -> None:
+    rows = two_policies(to, "refitted", "kept", "retrained")
+    again, ptq = figures.arms(rows).axes
+    assert (again.get_title(), ptq.get_title()) == ("FP32, torch", "INT8 PTQ, fake-quant")
+    assert [len(line.get_xdata()) for line in again.lines[2:]] == [2, 0, 0, 2], "FP32, kept, refitted, retrained"
+    assert "FP32, kept from another training" in {label.get_text() for label in figures.shares(rows).axes[0].get_yticklabels()}
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

@@ -22,7 +22,7 @@ from anytime.page.data import Facts, charts, constructor, decided, flat, form, g
 from anytime.page.html import SORTED_FROM, Tables, esc, rich
 from anytime.page.pictures import Pictures
 from anytime.rows import Row
-from anytime.tables import pivots, provenance, sections, warnings, words
+from anytime.tables import LEFT, pivots, provenance, sections, warnings, words
 
 _BOKEH = "charts: BokehJS, (c) Anaconda, Inc., and Bokeh Contributors, BSD 3-Clause licence"
 
@@ -72,7 +72,7 @@ class _Page:
             ("networks", "Networks: spec, facts, records", "\n".join(map(self._network, self.networks))),
             ("facts", "Facts that records share", "\n".join(self._sheets())),
             ("made", "Made with", _list([*provenance(self.rows), _BOKEH])),
-            ("unread", "Unreadable records", _list(self.rows.attrs["troubles"])),
+            ("left", LEFT, _list(self.rows.attrs["troubles"])),
             ("words", "Words", self._words()),
         ):
             if body:

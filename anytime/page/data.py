@@ -166,7 +166,7 @@ def decided(group: Group) -> Decided | None:
         return None
     seed = min(reference.files)
     asked = [a for a in reference.scores if a.arm == "refitted" and "taken" in reference.scores[a].get(seed, {})]
-    policy = example(list(dict.fromkeys(a.policy for a in asked)))
+    policy = example((a.policy, reference.scores[a][seed].get("policy_position") or 0) for a in asked)
     budgets = sorted((a for a in asked if a.policy in policy), key=lambda a: a.budget)
     if not budgets:
         return None
@@ -217,17 +217,18 @@ def shares(
     group: Group,
 ) -> tuple[str, list[tuple[str, float, str]], dict[tuple[str, str], dict[tuple[str, float, str], list[float]]]]:
     """Of the policy that stands for all: its name, its budgets, and by (form, arm) and budget the share of samples per exit."""
-    policies = list(dict.fromkeys(a.policy for n in group.forms for a in n.scores if a.exit is None))
+    told = ((a.policy, p) for n in group.forms for a, said in n.scores.items() if a.exit is None for p in said.values())
+    policies = example((policy, p.get("policy_position") or 0) for policy, p in told)
     lines: dict[tuple[str, str], dict[tuple[str, float, str], list[float]]] = defaultdict(dict)
     for network in group.forms:
         for asked, points in network.scores.items():
-            if asked.policy in example(policies) and asked.arm in ("refitted", "kept"):
+            if asked.policy in policies and asked.arm in ("refitted", "kept"):
                 taken = [p["share"] for p in points.values() if p.get("share")]
                 if taken and not (asked.arm == "kept" and network is group.reference):
                     budget = (asked.currency, asked.budget, asked.fitted_on)
                     lines[form(network), asked.arm][budget] = np.mean(taken, axis=0).tolist()
     budgets = sorted({budget for line in lines.values() for budget in line})
-    return " ".join(example(policies)), budgets, lines
+    return " ".join(policies), budgets, lines
 
 
 # Layers and facts ------------------------------------------------------------------------------------------------

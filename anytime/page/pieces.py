@@ -16,21 +16,20 @@ Decisions = Sequence[tuple[Group, Decided]]
 
 def shares(groups: Sequence[Group]) -> str:
     """A bar per form and budget: what share of the test samples leaves at each exit."""
-    out = []
-    for group in groups:
-        policy, budgets, lines = data.shares(group)
+    out, told = [], [(group, *data.shares(group)) for group in groups]
+    most = max((len(share) for *_, lines in told for line in lines.values() for share in line.values()), default=0)
+    for group, policy, budgets, lines in told:
         if not lines:
             continue
         head = "".join(f'<th scope="col">{esc(budget_said(*budget))}</th>' for budget in budgets)
         body = []
         for (who, arm), line in lines.items():
-            cells = "".join(f"<td>{_bar(line[budget]) if budget in line else '–'}" for budget in budgets)
+            cells = "".join(f"<td>{_bar(line[budget], most) if budget in line else '–'}" for budget in budgets)
             body.append(f'<tr><th scope="row">{esc(who)}{" <i>kept</i>" if arm == "kept" else ""}</th>{cells}')
         caption = f"{group.network} on {group.dataset}, {policy}: share of test samples that leaves at each exit"
         out.append(_framed(caption, f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody>", "bars"))
     if not out:
         return ""
-    most = max(len(share) for g in groups for line in data.shares(g)[2].values() for share in line.values())
     keys = "".join(f'<li><i class="key" style="--k:{_shade(k, most)}"></i>exit {k + 1}' for k in range(most))
     about = "<p>Thresholds fitted again after compression; <i>kept</i>: those of the reference. Columns are budgets.</p>"
     return f'{about}<ul class="keys">{keys}</ul>' + "\n".join(out)
@@ -137,7 +136,7 @@ def _shade(k: int, n: int) -> str:
     return f"{k / max(1, n - 1):.2f}"
 
 
-def _bar(share: Sequence[float]) -> str:
+def _bar(share: Sequence[float], most: int) -> str:
     text = " / ".join(f"{100 * s:.1f}" for s in share)
-    parts = "".join(f'<i style="width:{100 * s:.1f}%;--k:{_shade(k, len(share))}"></i>' for k, s in enumerate(share) if s)
+    parts = "".join(f'<i style="width:{100 * s:.1f}%;--k:{_shade(k, most)}"></i>' for k, s in enumerate(share) if s)
     return f'<div class="bar">{parts}</div><small>{text}</small>'
