@@ -16,11 +16,10 @@ from scipy.special import stdtrit
 
 from anytime import record
 from anytime.errors import UsageError, near
-from anytime.gather import MACHINE, Asked, Network, Row, asked_of, filled, gather, key_of
+from anytime.gather import LEFT, MACHINE, Asked, Network, Row, asked_of, filled, gather, key_of
 from anytime.metrics import METRICS, Interval, paired_loss
 from anytime.rows import Fold, absent, provenance
 from anytime.styles import md_table
-from anytime.tables import LEFT
 from anytime.timed import ms_by_session
 
 TOLERANCES = {"accuracy": 0.5, "agreement": 0.5, "int8_macs_share": 1.0, "latency_ms_mean": 1.1, "size_bytes": 1.01, "macs": 1.01}

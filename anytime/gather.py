@@ -59,6 +59,7 @@ _IS: dict[str, dict[str, tuple[type, ...]]] = {  # what a name holds, where it i
 MACHINE = listed("cpu flags threads batch power_mode clocks")
 _TIMED_ON = (*MACHINE, *listed("provider l4t tensorrt torch onnxruntime openvino tensorflow"))
 LEFT_OUT = " left out: "  # of what could be read, and is not used
+LEFT = "Records left out, and why"
 
 
 _ALWAYS_SAID = ("add_bits",)  # W4A4 means two things: what additions read may keep more bits

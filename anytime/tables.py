@@ -13,6 +13,7 @@ import pandas as pd
 
 from anytime.conversions import HEADER, LEAD, conversions
 from anytime.decided import example
+from anytime.gather import LEFT as LEFT
 from anytime.gather import LEFT_OUT
 from anytime.metrics import METRICS
 from anytime.rows import NAN, Row, absent, listed
@@ -80,7 +81,6 @@ MARKS = {
     "†": "† scored with simulated arithmetic, never timed; its MB are its parameters at their true bit widths.",
     "~": "~ measured while other work kept the machine busy.",
 }
-LEFT = "Records left out, and why"
 BOUND = "‡ a bound: it uses what no board can know."
 PAIRED = (
     "Accuracy of the same network and exit in FP32 minus its accuracy here, paired over the test samples: points, two-sided 95 % "

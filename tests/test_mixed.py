@@ -41,13 +41,16 @@ def numbers(text):
 @pytest.mark.parametrize("target", ["u8s8", "s8s8"])
 def test_the_plain_form(target):
     net = made(target)
-    assert {path: net.bits[path] for path in EDGES} == dict.fromkeys(EDGES, Bits(8, 8))
+    edges = EDGES if target == "u8s8" else {path for path in EDGES if path.startswith("stages.")}
+    assert edges == EDGES & net.bits.keys(), "TensorRT runs linear layers faster in float"
+    assert {path: net.bits[path] for path in edges} == dict.fromkeys(edges, Bits(8, 8))
     assert all(set(b) <= {3, 4, 6, 8} for b in net.bits.values())
     uniform = {path: Bits(8, 8) if path in EDGES else Bits(4, 4) for path in net.bits}
     assert share(net) <= share(TorchNet(net.twin, uniform, True)) + 1e-9  # uniform W4A4 keeps the bound too
     (bound,), (predicted, measured) = numbers(net.facts["bound"]), numbers(net.facts["distortion"])
     assert predicted <= bound * (1 + 1e-5) and 0.2 < measured / predicted < 5
-    assert numbers(net.facts["bops_of_w8a8"])[:1] == [pytest.approx(share(net), abs=1e-4)]
+    if target == "u8s8":  # of what is rounded: where heads stay in float, share counts these too
+        assert numbers(net.facts["bops_of_w8a8"])[:1] == [pytest.approx(share(net), abs=1e-4)]
     assert numbers(net.facts["gap"]) == [0]
     assert sum(int(n.split(" x ")[1]) for n in net.facts["bits"].split(", ")) == len(net.bits)
 

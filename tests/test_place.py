@@ -20,7 +20,7 @@ from anytime.quant.bits import Bits
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, Settled, per_channel
 from anytime.quant.graph import Widths, prepared, quantized, traced
 from anytime.quant.nodes import module_of
-from anytime.quant.place import tensorrt_exclusions, uncovered
+from anytime.quant.place import left_out, tensorrt_exclusions, uncovered
 from anytime.quant.reconstruct import Reconstruction, reconstruct
 from anytime.quant.units import partition
 from tests.worlds import Restarting, Tiny, data
@@ -672,7 +672,9 @@ def test_tensorrt_leaves_out_what_model_optimizer_does():
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4))
     chain = traced(AnytimeModel([stage], [head]))
     assert tensorrt_exclusions(chain) == ("stages.0.1", "stages.0.4", "stages.0.7", "heads.0.2")
-    assert PTQ(keep_float=("stages.0.0",)).exclusions(chain, "s8s8")[0] == "stages.0.0" and not PTQ().exclusions(chain, "u8s8")
+    assert left_out(chain, ("stages.0.0",), "s8s8") == ("stages.0.0", *tensorrt_exclusions(chain)) and not left_out(
+        chain, (), "u8s8"
+    )
     net = PTQ().compress(
         AnytimeModel([stage], [head]), Part(torch.randn(8, 3, 24, 24), torch.arange(8) % 4, "calib", "d"), None, "s8s8"
     )

@@ -15,7 +15,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "gather": "metrics record", "decided": "decisions metrics gather",
     "steps": "gather", "paired": "metrics gather", "timed": "gather", "rivals": "gather paired timed",
     "rows": "metrics record gather decided paired steps timed rivals", "figures": "metrics record decided",
-    "tables": "metrics rows decided conversions", "report": "rows styles tables",
+    "tables": "metrics gather rows decided conversions", "report": "rows styles tables",
     "page": "record gather decided metrics paired rows tables",
     "styles": "", "conversions": "rows", "compare": "metrics record gather rows timed styles",
     "model": "spec", "dataset": "spec metrics", "policy": "spec metrics stops", "threshold": "metrics policy",
