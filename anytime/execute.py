@@ -121,8 +121,7 @@ class Executor:
         self.plan = self.net.plan(self.used)
         self._exits = [np.array([k]) for k in self.used]
         # What is answered is then among what was read, and needs no call to be found.
-        tempered = self.policy.temperatures or getattr(getattr(self.policy, "of", None), "temperatures", ())
-        self._as_taken = self.policy.answers_as == "exit taken" and not tempered
+        self._as_taken = self.policy.answers_as == "exit taken" and not self.policy.tempers
         self._blank: Floats | None = None
 
     def one(self, x: Floats, place: int = 0) -> tuple[int, Floats]:

@@ -175,6 +175,11 @@ class Policy(Spec, ABC):
         """The exit that each sample takes [N]; a bound may look at more of ``p`` than its logits."""
         return self.exits(p.logits)
 
+    @property
+    def tempers(self) -> bool:
+        """Whether what it answers is divided by temperatures."""
+        return bool(self.temperatures)
+
     def answer(self, logits: Floats, exits: Ints) -> Floats:
         """The logits that are answered [N, K]: those of the exit taken, with its temperature."""
         answered = take(logits, exits)

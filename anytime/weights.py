@@ -6,6 +6,7 @@ import json
 import textwrap
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -42,7 +43,8 @@ def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
     digest = sha256(body).hexdigest()
     if digest != wanted:
         raise CorruptFile(f"the weights {path} are not as they were written (sha256 differs): {fix}")
-    if _listed(path) not in (digest, None):
+    in_zoo = path.with_name("manifest.json").exists()
+    if in_zoo and manifest(path.parent).get(path.stem, {}).get("sha256") != digest:
         raise CorruptFile(f"the weights {path} are not those that the manifest.json beside them names (by sha256): {fix}")
     size = int.from_bytes(body[:8], "little")
     meta: dict[str, str] = json.loads(body[8 : 8 + size]).get("__metadata__", {})
@@ -57,15 +59,16 @@ def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
     return meta
 
 
-def _listed(path: Path) -> str | None:
-    """The sha256 that a zoo's manifest has for this file, "" where it has none; None where no manifest lies beside it."""
-    manifest = path.with_name("manifest.json")
+def manifest(zoo: Path) -> dict[str, Any]:
+    """What a zoo says of its networks: file stem -> that; empty where it has no manifest. CorruptFile for a torn one."""
+    path = zoo / "manifest.json"
     try:
-        return str(json.loads(manifest.read_text()).get(path.stem, {}).get("sha256", ""))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CorruptFile(f"{manifest} cannot be read ({first_line(error)}): restore it") from error
+        held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CorruptFile(
+            f"{path} cannot be read ({first_line(error)}): restore it, or delete it and add the networks again"
+        ) from error
+    return held
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from anytime import machine
 from anytime.config import Cell, Experiment
-from anytime.errors import AnytimeError, CorruptFile, UsageError
+from anytime.errors import AnytimeError, UsageError
 from anytime.facts import reference_cell
 from anytime.files import locked, write_atomically
 from anytime.record import load
 from anytime.spec import key, plain
+from anytime.weights import manifest as read
 from anytime.workshop import Workshop
 
 LARGEST, TOTAL = 4_000_000, 20_000_000  # bytes of one file, of all: what lies here is cloned by everybody
@@ -80,13 +81,3 @@ def _trunk_wall_s(cell: Cell, meta: dict[str, str]) -> float | str:
     if cell.recipe.start == "scratch":
         return 0.0
     return float(meta["trunk_wall_s"]) if "trunk_wall_s" in meta else "not recorded"
-
-
-def read(zoo: Path) -> dict[str, Any]:
-    """The manifest: file stem -> what is said of it; empty where there is none. CorruptFile for a torn one."""
-    path = zoo / "manifest.json"
-    try:
-        held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise CorruptFile(f"{path} cannot be read ({error}): restore it, or delete it and add the networks again") from error
-    return held

@@ -7,13 +7,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from anytime.axes import axes_of
 from anytime.backend import TorchNet
 from anytime.cost import account
 from anytime.dataset import torchvision
 from anytime.datasets.synthetic import Synthetic
 from anytime.errors import AnytimeError, Unsupported, UsageError
 from anytime.model import AnytimeModel, Segment
-from anytime.models.attached import Attached, _axes, _needed, _Shapes, _Tracer
+from anytime.models.attached import Attached, _needed, _Shapes, _Tracer
 from anytime.models.static import Static
 from anytime.quant.graph import Widths, prepared, traced
 from anytime.quant.onnx_graph import OnnxChain
@@ -333,7 +334,7 @@ def test_an_exit_reads_the_mean_over_all_places_wherever_the_channels_are(factor
     assert cost.path((1,), 1) == one_piece.path((0,), 0)
 
 
-def axes_of(spec, size, larger=None):
+def letters_of(spec, size, larger=None):
     """By the name of each value with more than two axes: their letters and sizes, in a larger image too; nothing is computed."""
     with torch.device("meta"):
         net, tracer = spec._backbone(10).eval(), _Tracer()
@@ -341,7 +342,7 @@ def axes_of(spec, size, larger=None):
         grown = _Shapes(fx.GraphModule(net, tracer.graph))
         grown.run(torch.empty(2, 3, larger or size, larger or size))
     nodes = [n for n in tracer.graph.nodes if n in _needed(tracer.graph.output_node())]
-    letters, after = _axes(net, nodes, shapes), {n.name: shape for n, shape in grown.of.items()}
+    letters, after = axes_of(net, nodes, shapes), {n.name: shape for n, shape in grown.of.items()}
     paths = {n: path for path, n in tracer.returned.items()}
     values = [n for n in nodes if n.op != "get_attr" and isinstance(shapes[n], torch.Size) and len(shapes[n]) > 2]
     return {paths.get(n, n.name): (letters.get(n), shapes[n], after[n.name]) for n in values}
@@ -351,7 +352,7 @@ def axes_of(spec, size, larger=None):
     "spec", [attached(swin), attached(convnext), Attached("shufflenet_v2_x0_5")], ids=["swin", "convnext", "shufflenet"]
 )
 def test_the_places_are_the_axes_that_change_with_the_image(spec):
-    for name, (letters, before, after) in axes_of(spec, 64, 128).items():
+    for name, (letters, before, after) in letters_of(spec, 64, 128).items():
         moved = [m != n or m == 1 for m, n in zip(before, after, strict=True)]  # pooled places are one, whatever the image
         assert letters == "b" + "".join("s" if m else "c" for m in moved[1:]), name
 
@@ -368,7 +369,7 @@ def test_the_places_are_the_axes_that_change_with_the_image(spec):
     ids=["convnext", "swin", "swin v2", "vit", "maxvit"],
 )
 def test_where_the_networks_of_torchvision_keep_their_channels(spec, size, wanted):
-    found = axes_of(spec, size)
+    found = letters_of(spec, size)
     assert {name: found[name][0] for name in wanted} == wanted
 
 

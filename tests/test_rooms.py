@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "anytime"
 EVERYTHING = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p.is_dir() and not p.name.startswith("_"))} - {"__init__"}
 
 MAY = {  # room -> rooms that it may import; errors may be imported by every one but stops
-    "errors": "", "stops": "", "cpu": "", "layers": "", "forms": "", "machine": "cpu",
+    "errors": "", "stops": "", "cpu": "", "layers": "", "forms": "", "axes": "", "machine": "cpu",
     "spec": "", "metrics": "", "record": "",
     "progress": "", "augment": "dataset", "osgd": "",
     "gather": "metrics record", "decided": "decisions metrics gather",
@@ -31,7 +31,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "reach": "spec policy metrics dataset model backend cost",
     "board": "spec metrics backend policy stops",
     "config": "spec model dataset train backend policy board",
-    "models": "spec model layers forms", "datasets": "spec metrics dataset augment", "policies": "spec metrics stops policy threshold",
+    "models": "spec model layers forms axes", "datasets": "spec metrics dataset augment", "policies": "spec metrics stops policy threshold",
     "backends": "spec metrics model dataset losses train quant rounding backend cpu onnx_net peer cost reach combiners ensemble "
     "tf keras_layers keras_chain tflite_net",
     "boards": "spec metrics backend board policy stops cpu execute nvidia", "nvidia": "",
@@ -43,7 +43,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "arms": "spec metrics record policy cost config facts decisions scoring workshop",
     "run": "scoring spec metrics record model dataset files train backend board config policy facts pace arms workshop "
     "machine forced workers",
-    "zoo": "machine spec record files config facts workshop",
+    "zoo": "machine spec record files config facts weights workshop",
     "pace": "record facts",
     "listing": "spec record config facts pace progress",
     "stopwatch": "metrics policy backend cpu execute",
@@ -56,7 +56,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
 
 HEAVY = {  # vendor -> rooms that may import it at the top of a file; the others only inside a method
     "torch": {
-        *("model", "layers", "forms", "dataset", "augment", "losses", "weights", "train", "quant", "rounding", "backend", "cost"),
+        *("model", "layers", "forms", "axes", "dataset", "augment", "losses", "weights", "train", "quant", "rounding", "backend", "cost"),
         *("combiners", "ensemble_net", "ensemble"),
         *("models", "datasets", "backends", "boards"),
         *("workshop", "scoring", "run", "machine", "osgd", "onnx_net", "peer", "tf", "keras_layers", "keras_chain", "tflite_net"),

@@ -60,6 +60,11 @@ class Reading(Policy):
         return self._of.answers_as
 
     @property
+    def tempers(self) -> bool:
+        """``of`` may."""
+        return bool(self.temperatures) or self._of.tempers
+
+    @property
     def _of(self) -> Policy:
         if self.of is None or self.of.bound:
             raise UsageError("Reading needs a policy that a board can run: give it one, as in Reading(of=MaxProb())")
@@ -128,7 +133,7 @@ class Reading(Policy):
 
     def answer(self, logits: Floats, exits: Ints) -> Floats:
         """The logits [N, K] that ``of`` answers; at an exit that is not read its own."""
-        if self._of.answers_as == "exit taken" and not self._of.temperatures:
+        if self._of.answers_as == "exit taken" and not self._of.tempers:
             return super().answer(logits, exits)
         reads = np.array(self.uses(len(logits)))
         read = np.isin(exits, reads)
