@@ -64,6 +64,9 @@ def measure(
     predicted first, once.
     """
     exps = [replace(exp, boards=(board(name),)) for name in asked]
+    for one in exps:
+        if isinstance(one.boards[0], Ssh) and (reason := one.boards[0].lacks("onnx", ())):
+            raise UsageError(reason)
     first = Runner(exps[0], results, progress, log, debug)
     first.predict_and_decide([f for f in first.todo() if f.of == "eval"])
     if len(exps) == 1:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anytime.backend import Segment, TorchNet
-from anytime.errors import AnytimeError, Unsupported, UsageError, near
+from anytime.backend import Deployable, Segment, TorchNet
+from anytime.dataset import Part
+from anytime.errors import AnytimeError, Collapsed, Unsupported, UsageError, near
 from anytime.model import AnytimeModel, State
+from anytime.quant.diagnose import fallen
 from anytime.spec import Spec
 
 
@@ -79,6 +81,23 @@ def facts(spec: Spec, package: str) -> dict[str, str]:
         "twin": "the float network: the peer's own grids are not read back",
         "segments": "every segment that a plan asks for is quantized by itself; the states between them are float32",
     }
+
+
+def alive(net: Deployable, calib: Part) -> Deployable:
+    """``net``, none of whose exits has fallen to chance on calib samples, at most 256; else Collapsed, with the segment that has it.
+
+    See ``fallen``; which layer is to blame cannot be said, as a peer's grids are not read back.
+    """
+    x, labels = calib.x[:256].numpy(), calib.y[:256].numpy()
+    falls = fallen(TorchNet(net.twin, {}, simulated=False).predict(x), net.predict(x), labels)
+    if falls:
+        k, was, now, chance = falls[0]
+        raise Collapsed(
+            f"exit {k + 1} has fallen to chance: {now:.1%} of {len(x)} calibration samples are right, {was:.1%} in float "
+            f"(chance {chance:.1%}); it is the first one that has, behind {where(net.plan(range(net.n_exits))[k])}: set "
+            "other knobs, or leave layers of it in float (keep_float)"
+        )
+    return net
 
 
 @contextmanager

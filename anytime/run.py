@@ -328,6 +328,9 @@ class Runner:
     def _timeable(self, fact: Fact) -> bool:
         """Whether the board can time it; a skip says why not."""
         assert fact.board is not None
+        if reason := fact.board.lacks("", ()):  # whatever the network, which costs a calibration
+            self._write(fact, "skip", reason=reason, facts={"by": "board", "form": "", "needs": ()})
+            return False
         net = self.shop.net(fact.cell)
         if reason := fact.board.why_not(net):
             passing = reason == fact.board.lacks(net.format, net.needs)

@@ -3,9 +3,9 @@
     python benchmarks/qat.py [rounds] [threads]
 
 fp32 and channels_last everywhere. BatchNorm is folded before in ours, and with "BN" stays behind its convolution and is trained, as
-in float and in the peers. All of them take turns, one step each a
-round; medians, and their ratios to the float step of the same run. torch.ao's FX form and torchao's PT2E, the field's
-own, stand beside ours where they are installed.
+in float and in the peers. All of them take turns, one step each a round; medians, and their ratios to the float step of the same
+run. Beside ours stand a plain STE, as people write it (every input and weight of a layer on one scale, ``x + (q(x) - x).detach()``),
+and the field's own where they are installed: torch.ao's FX form, and torchao's PT2E, for which every call of a ReLU gets a module.
 """
 
 import copy
@@ -16,11 +16,14 @@ import warnings
 
 import torch
 from keep import keep
+from torch import nn
 from torch.nn.functional import cross_entropy
 
+from anytime.backends.torchao import own_relus
 from anytime.models.resnet import ResNet20
 from anytime.quant.graph import Widths, prepared
 from anytime.quant.learned import learn
+from anytime.quant.trace import traced
 
 
 def ours(model, x, learns, fold_bn=True):
@@ -29,12 +32,33 @@ def ours(model, x, learns, fold_bn=True):
     return net.model
 
 
+class Plain(nn.Module):
+    """Rounding to 4 bits with the straight-through estimator in one line; the scale follows the largest value, gradients pass."""
+
+    def __init__(self, low, high):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x):
+        scale = x.detach().abs().max() / self.high
+        return x + ((x / scale).round().clamp(self.low, self.high) * scale - x).detach()
+
+
+def plain_ste(model, x):
+    """Every convolution and linear layer rounds its weight and its input; BatchNorm stays behind it."""
+    inputs = Plain(0, 15)
+    for module in [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
+        nn.utils.parametrize.register_parametrization(module, "weight", Plain(-7, 7))
+        module.register_forward_pre_hook(lambda _, x: inputs(*x))
+    return model
+
+
 def torch_ao(model, x):
     """The default QAT of torch.ao's x86 engine; BatchNorm is folded inside its fused modules."""
     from torch.ao.quantization import get_default_qat_qconfig_mapping
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
-    flat = torch.nn.Sequential(*model.stages, *model.heads).train()
+    flat = nn.Sequential(*model.stages, *model.heads).train()
     return prepare_qat_fx(flat, get_default_qat_qconfig_mapping("x86"), (x,))
 
 
@@ -47,7 +71,8 @@ def pt2e(model, x):
         get_default_x86_inductor_quantization_config,
     )
 
-    flat = torch.nn.Sequential(*model.stages, *model.heads).train()
+    chain = own_relus(traced(model))
+    flat = nn.Sequential(*chain.stages, *chain.heads).train()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(is_qat=True))
     return move_exported_model_to_train(prepare_qat_pt2e(torch.export.export(flat, (x,)).module(), quantizer))
 
@@ -69,6 +94,7 @@ def main() -> None:
         "LSQ, BN": lambda m: ours(m, x, "lsq", False),
         "PACT": lambda m: ours(m, x, "pact"),
         "DoReFa": lambda m: ours(m, x, "dorefa"),
+        "plain STE": lambda m: plain_ste(m, x),
         "torch.ao FX": lambda m: torch_ao(m, x),
         "torchao PT2E": lambda m: pt2e(m, x),
     }

@@ -31,7 +31,7 @@ from anytime.backends.torchao import TorchAO
 from anytime.cost import account
 from anytime.dataset import Part
 from anytime.engine import EXACT_INT8
-from anytime.errors import AnytimeError, Unsupported, UsageError
+from anytime.errors import AnytimeError, Collapsed, Unsupported, UsageError
 from anytime.layers import BasicBlock
 from anytime.model import AnytimeModel
 from anytime.models.msdnet import MSDNet
@@ -313,7 +313,7 @@ def test_torchao_on_a_relu_that_is_called_twice():
 
 def test_relus_of_their_own_change_no_number():
     chain, x = traced(small()), torch.randn(4, *SHAPE)
-    own = torchao_keeper._own_relus(chain)
+    own = torchao_keeper.own_relus(chain)
     assert torchao_keeper._repeated_relus(chain) and not torchao_keeper._repeated_relus(own)
     with torch.no_grad():
         assert torch.equal(chain(x), own(x))
@@ -428,3 +428,12 @@ def test_inductor_runs_eight_bits():
     assert np.abs(got - want).max() <= 0.05 * np.abs(want).max()
     executed = net.executed(x.numpy())
     assert set(executed) == set(net.bits) and set(executed.values()) == {"int8"}
+
+
+@every_peer_of_its_own
+def test_an_exit_that_has_fallen_to_chance_fails_the_network_and_is_named(backend):
+    model, part = trained(), data().calib
+    x = part.x.clone()
+    x[-1] *= 1e6  # one broken image takes all of the range that the others need
+    with pytest.raises(Collapsed, match=r"exit (1|2) has fallen to chance: \d.* in float .*behind stages\.[01], heads\.[01]: set"):
+        backend.compress(model, replace(part, x=x), None)

@@ -24,7 +24,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "train": "spec model dataset augment losses osgd files weights cpu",
     "quant": "model metrics layers", "rounding": "model train quant",
     "backend": "spec metrics model dataset train quant",
-    "engine": "cpu", "onnx_net": "metrics model quant backend engine", "peer": "spec model backend",
+    "engine": "cpu", "onnx_net": "metrics model quant backend engine", "peer": "spec model dataset quant backend",
     "tf": "", "keras_layers": "layers quant tf", "keras_chain": "model quant keras_layers", "tflite_net": "metrics model backend tf",
     "cost": "metrics model quant backend", "combiners": "metrics", "ensemble_net": "metrics model backend",
     "ensemble": "metrics model dataset train backend cost combiners ensemble_net",

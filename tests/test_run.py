@@ -28,6 +28,7 @@ from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.ptq import PTQ
 from anytime.backends.qat import QAT
 from anytime.boards.host import Host
+from anytime.boards.ssh import Ssh
 from anytime.cells import only
 from anytime.config import ARMS, Experiment, Suite
 from anytime.datasets.npz import Npz
@@ -313,6 +314,25 @@ def test_a_board_that_is_lost_leaves_its_facts_to_do(tmp_path):
     assert not records(tmp_path, "fail") and not records(tmp_path, "measure")
     assert {f.of for f in Runner(exp, tmp_path).todo()} == {"measure"}
     assert "board: the connection is lost. It stays to do." in said
+
+
+def test_a_board_without_an_address_is_skipped_uncompressed_and_measured_once_it_has_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    exp = experiment(backends=(OnnxRuntime(of=Float32()),), policies=(), boards=())
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    exp = replace(exp, boards=(Ssh("nano.invalid", board="AGX Xavier"),))
+    runner = Runner(exp, tmp_path, log=lambda line: None)
+    monkeypatch.setattr(runner.shop, "net", lambda cell: pytest.fail("a network was compressed for a board that is not there"))
+    runner.run()
+    skips = records(tmp_path, "skip")
+    assert {(r.of, r.board) for r in skips} == {("measure", "nano.invalid")}
+    assert skips[0].reason.startswith("no address of nano.invalid is known here (")
+    assert "Host nano.invalid in ~/.ssh/config" in skips[0].reason
+
+    assert not Runner(exp, tmp_path).todo()
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "config").write_text("Host nano.invalid\n HostName 127.0.0.1\n")
+    assert {f.of for f in Runner(exp, tmp_path).todo()} == {"measure"}
 
 
 def test_budgets_in_milliseconds_need_a_board():

@@ -408,6 +408,9 @@ def test_a_board_is_added_to_what_was_run_without_training_anything(world, tmp_p
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "results" / "cache" / "trained").rglob("*.safetensors")} == trained
     assert main(["board", "check", *files]) == 0
     assert "everything is as it is wanted" in capsys.readouterr().out
+    (tmp_path / "gone.py").write_text("from anytime.boards.ssh import Ssh\nBOARD = Ssh('gone.invalid')\n")
+    assert main(["measure", str(tmp_path / "mine_on_a_board.py"), "--board", str(tmp_path / "gone.py"), *where]) == 2
+    assert "no address of gone.invalid is known here" in capsys.readouterr().err
     assert main(["board", "check", "agx_xavie"]) == 2
     assert "did you mean 'agx_xavier'" in capsys.readouterr().err
 

@@ -52,7 +52,8 @@ class NNCF(Backend):
             raise Unsupported(f"NNCF chooses the integers of its graphs for CPU engines, not {target}: leave the wrapper out")
         calibration = peer.Calibration(traced(model), calib.x)
         calibration.check_layers(self.keep_float)
-        return OnnxNet(calibration.chain, None, partial(self._graph, calibration), peer.facts(self, "nncf"), float_biases=True)
+        net = OnnxNet(calibration.chain, None, partial(self._graph, calibration), peer.facts(self, "nncf"), float_biases=True)
+        return peer.alive(net, calib)
 
     def _graph(self, calibration: peer.Calibration, segment: Segment) -> bytes:
         float_graph = written(calibration.chain, tuple(calibration.x.shape[1:]), segment)

@@ -49,7 +49,7 @@ class OrtQuantizer(Backend):
         calibration = peer.Calibration(traced(model), calib.x)
         calibration.check_layers(self.keep_float)
         graph = partial(self._graph, calibration, target)
-        return OnnxNet(calibration.chain, None, graph, peer.facts(self, "onnxruntime") | {"target": target})
+        return peer.alive(OnnxNet(calibration.chain, None, graph, peer.facts(self, "onnxruntime") | {"target": target}), calib)
 
     def _graph(self, calibration: peer.Calibration, target: Target, segment: Segment) -> bytes:
         float_graph = written(calibration.chain, tuple(calibration.x.shape[1:]), segment)

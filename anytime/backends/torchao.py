@@ -67,8 +67,9 @@ class TorchAO(Backend):
             raise Unsupported(f"X86InductorQuantizer makes u8s8, not {target}: leave the wrapper out")
         calibration = peer.Calibration(traced(model), calib.x)
         calibration.check_layers(self.keep_float)
-        chain = _own_relus(calibration.chain) if self.own_relus else calibration.chain
-        return Pt2Net(calibration.chain, partial(self._program, calibration, chain), self.compile, peer.facts(self, "torchao"))
+        chain = own_relus(calibration.chain) if self.own_relus else calibration.chain
+        program = partial(self._program, calibration, chain)
+        return peer.alive(Pt2Net(calibration.chain, program, self.compile, peer.facts(self, "torchao")), calib)
 
     def _program(self, calibration: peer.Calibration, chain: AnytimeModel, segment: Segment) -> Program:
         state = calibration.entering(segment)
@@ -255,7 +256,8 @@ def _repeated_relus(run: nn.Module) -> list[tuple[fx.GraphModule, str, fx.Node]]
     return found
 
 
-def _own_relus(chain: AnytimeModel) -> AnytimeModel:
+def own_relus(chain: AnytimeModel) -> AnytimeModel:
+    """A copy of a traced chain in which every call of an nn.ReLU has a module of its own."""
     chain = copy.deepcopy(chain)
     for link, name, node in _repeated_relus(chain):
         node.target = f"{name}_{node.name}"

@@ -128,30 +128,44 @@ def _learn(
     assigning = [t for pair in hidden + output for t in pair]
     for t in scoring + assigning:
         t.requires_grad_()
-    optimizers = [torch.optim.AdamW(w, lr=RATE, weight_decay=0.01) for w in (scoring, assigning)]
+    optimizers = [torch.optim.AdamW(w, lr=RATE, weight_decay=0.01, foreach=True) for w in (scoring, assigning)]
 
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and assignment [E, N]."""
+    def scored() -> tuple[list[torch.Tensor], torch.Tensor]:
+        """What each exit's nets read, and the scores [E, N]; a score learns nothing from those of later exits."""
+        read: list[torch.Tensor] = []
         scores: list[torch.Tensor] = []
-        assigned = []
         for k in range(n_exits):
-            x = torch.cat([seen[k], *(q.detach()[:, None] for q in scores)], 1)
-            scores.append((x @ scoring[k]).clamp(0, 1))
-            assigned.append(torch.sigmoid(torch.sigmoid(x @ hidden[k][0] + hidden[k][1]) @ output[k][0] + output[k][1]))
-        return torch.stack(scores), torch.stack(assigned).softmax(0)
+            read.append(torch.cat([seen[k], *(q.detach()[:, None] for q in scores)], 1))
+            scores.append((read[k] @ scoring[k]).clamp(0, 1))
+        return read, torch.stack(scores)
 
-    for step in range(steps):
-        q, assigned = run()
+    def assigned_by(read: list[torch.Tensor]) -> torch.Tensor:
+        """Assignment [E, N]."""
+        each = [torch.sigmoid(torch.sigmoid(x @ h + a) @ o + b) for x, (h, a), (o, b) in zip(read, hidden, output, strict=True)]
+        return torch.stack(each).softmax(0)
+
+    def loss_of(q: torch.Tensor, assigned: torch.Tensor) -> torch.Tensor:
         weight = assigned / assigned.sum(1, keepdim=True)
         loss = (weight * binary_cross_entropy(q, hit, reduction="none")).sum()
         shown = q.clamp(min=1e-6) / q.clamp(min=1e-6).sum(0)
         loss = loss + 1e-3 * (assigned * (assigned / shown).log()).sum(0).mean()
-        loss = loss + 1e-2 * ((price[:, None] * assigned).sum(0).mean() - 1).abs()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizers[step // TURN % 2].step()
+        return loss + 1e-2 * ((price[:, None] * assigned).sum(0).mean() - 1).abs()
+
+    for step in range(steps):
+        turn = step // TURN % 2  # what the other net says is a constant meanwhile
+        if turn == 0:
+            read, q = scored()
+            with torch.no_grad():
+                assigned = assigned_by(read)
+        else:
+            if step % TURN == 0:
+                with torch.no_grad():
+                    read, q = scored()
+            assigned = assigned_by(read)
+        optimizers[turn].zero_grad()
+        loss_of(q, assigned).backward()  # type: ignore[no-untyped-call]
+        optimizers[turn].step()
     with torch.no_grad():
-        shares = run()[1].mean(1).numpy()
+        shares = assigned_by(scored()[0]).mean(1).numpy()
     rows = [weights.tolist() for weights in scoring[:-1]]
     return tuple(tuple(r[:n_classes]) for r in rows), tuple(tuple(r[n_classes:]) for r in rows), shares

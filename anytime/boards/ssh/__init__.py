@@ -16,7 +16,7 @@ from anytime.backend import Deployable
 from anytime.board import Board, Replayed, Timing
 from anytime.boards.ssh import results
 from anytime.boards.ssh.job import MACHINE, RUNS, Job, agent_sha256, links, on_board
-from anytime.boards.ssh.link import Link, waited
+from anytime.boards.ssh.link import Link, address_missing, waited
 from anytime.boards.ssh.remote import FOLDER, Remote
 from anytime.boards.ssh.said import said_of
 from anytime.errors import AnytimeError, Unsupported, UsageError, install
@@ -91,7 +91,9 @@ class Ssh(Board):
         return self.lacks(net.format, net.needs)
 
     def lacks(self, form: str, needs: Sequence[str]) -> str | None:
-        return f"asyncssh is not installed here: {install('boards')}" if find_spec("asyncssh") is None else None
+        if find_spec("asyncssh") is None:
+            return f"asyncssh is not installed here: {install('boards')}"
+        return address_missing(self.alias)
 
     def facts(self) -> dict[str, str]:
         return said_of(waited(self._state(with_engines=False)))

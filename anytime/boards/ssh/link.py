@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -32,6 +35,31 @@ def waited(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     with ThreadPoolExecutor(1) as own:
         return own.submit(asyncio.run, work).result()
+
+
+def address_missing(alias: str) -> str | None:
+    """A sentence where this machine has no address for ``alias``: neither ~/.ssh/config nor its resolver knows one; else None."""
+    config = Path.home() / ".ssh" / "config"
+    return _address_missing(alias, config.stat().st_mtime_ns if config.is_file() else 0)
+
+
+@cache  # every record that was skipped for it asks again
+def _address_missing(alias: str, config_changed_ns: int) -> str | None:
+    import asyncssh
+
+    try:
+        options = waited(asyncssh.SSHClientConnectionOptions.construct(None, config=(), host=alias, port=()))
+        if not (options.proxy_command or options.tunnel):
+            socket.getaddrinfo(options.host or alias, None)
+    except OSError as error:
+        what = error.strerror or error
+        return (
+            f"no address of {alias} is known here ({what}): name it under Host {alias} in ~/.ssh/config (docs/jetson.md), then the "
+            "same command, or make measure with this board, measures it"
+        )
+    except (asyncssh.Error, ValueError):
+        pass  # what is wrong in the file is said when it is used
+    return None
 
 
 class Link:
