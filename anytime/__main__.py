@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,24 +256,17 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _differences(names: Sequence[str], args: argparse.Namespace) -> Iterator[str]:
-    """A sentence per table that is not what the records give; figures are drawn, but their letters depend on the machine's fonts."""
-    from anytime import report
+    """A sentence per table that is not what the records give; several experiments side by side, on the cores that there are."""
     from anytime.progress import Bars
+    from anytime.report import differences
+    from anytime.workers import workers
 
-    with tempfile.TemporaryDirectory() as folder, Bars(args.quiet) as bars:
-        for i, name in enumerate(names):
+    n = min(len(names), len(os.sched_getaffinity(0)))
+    with Bars(args.quiet) as bars, workers(n) if n > 1 else nullcontext() as pool:
+        each = (pool.map if pool else map)(differences, names, [args.results] * len(names))
+        for i, sentences in enumerate(each):
             bars.step("check", i, len(names))
-            for path in report.write(args.results / "records", name, Path(folder)):
-                there = args.results / path.relative_to(folder)
-                fix = f"make report EXP={name}, and read the difference"
-                if path.suffix == ".svg":
-                    continue
-                if not there.is_file():
-                    yield f"{there} is missing: {fix}"
-                elif there.read_bytes() != path.read_bytes():
-                    lines = zip(there.read_text().splitlines(), path.read_text().splitlines(), strict=False)
-                    at = next((k for k, (old, new) in enumerate(lines, 1) if old != new), "the last")
-                    yield f"{there} is not what its records give, from line {at} on: {fix}"
+            yield from sentences
 
 
 def _compare(args: argparse.Namespace) -> int:

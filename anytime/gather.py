@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,17 +94,17 @@ class Network:
     missed: list[Record] = field(default_factory=list)
     used: list[Record] = field(default_factory=list)
 
-    @property
+    @cached_property
     def place(self) -> str:
         """What networks must share to be compared: data, seed of the split, and the suite where several have these data."""
         return key_of([self.spec.get("data"), self.spec.get("seed"), self.facts.get("suite", 0)])
 
-    @property
+    @cached_property
     def family(self) -> str:
         """What forms of one network must share to be paired: the recipe too."""
         return key_of([self.place, self.spec.get("recipe")])
 
-    @property
+    @cached_property
     def model(self) -> str:
         """The spec of the model, as a key."""
         return key_of(self.spec.get("model"))
@@ -224,7 +225,12 @@ def said_of(spec: Any, defaults: Mapping[str, Row]) -> Any:
         return spec
     own = defaults.get(f"{spec.get('is')} {spec.get('version')}", {})
     said = {name: said_of(value, defaults) for name, value in spec.items()}
-    return {n: v for n, v in said.items() if n not in own or key_of(v) != key_of(said_of(own[n], defaults))}
+    return {n: v for n, v in said.items() if n not in own or not _same(v, said_of(own[n], defaults))}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal as JSON says them: 1 is neither 1.0 nor true. Most are words, or differ at once."""
+    return bool(a == b) and (isinstance(a, str) or key_of(a) == key_of(b))
 
 
 def filled(spec: Any, defaults: Mapping[str, Row]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -71,6 +72,27 @@ def write(records_root: Path, exp: str, out_root: Path, formats: Sequence[str] =
                 temporary.unlink()
             raise WriteError(f"cannot write {path}: {error.strerror or error}; free space or change its rights") from error
     return paths
+
+
+def differences(exp: str, results: Path) -> list[str]:
+    """A sentence per table of ``exp`` under ``results`` that is not, byte by byte, what the records there give.
+
+    Figures are drawn, which must work, but not compared: their letters depend on the machine's fonts.
+    """
+    said = []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in write(results / "records", exp, Path(folder)):
+            there = results / path.relative_to(folder)
+            fix = f"make report EXP={exp}, and read the difference"
+            if path.suffix == ".svg":
+                continue
+            if not there.is_file():
+                said.append(f"{there} is missing: {fix}")
+            elif there.read_bytes() != path.read_bytes():
+                lines = zip(there.read_text().splitlines(), path.read_text().splitlines(), strict=False)
+                at = next((k for k, (old, new) in enumerate(lines, 1) if old != new), "the last")
+                said.append(f"{there} is not what its records give, from line {at} on: {fix}")
+    return said
 
 
 def _digits(value: Any) -> str:

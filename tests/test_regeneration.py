@@ -86,6 +86,6 @@ def test_the_report_as_json_has_the_rows(results, capsys):
 def test_the_committed_tables_are_checked_by_make_check_and_by_ci_without_torch():
     rule = (ROOT / "Makefile").read_text().partition("\ncheck:")[2].partition("\n\n")[0]
     assert "$(ANYTIME) report --check" in rule and "make -s check" in (ROOT / ".ci" / "run").read_text()
-    code = "import sys; sys.modules['torch'] = None; from anytime.__main__ import main; main(['report', '--check', '--quiet'])"
+    code = "import sys; sys.modules['torch'] = None; from anytime.__main__ import main; main(['report', 'quickstart', '--check'])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0 and "Traceback" not in ran.stderr, ran.stderr
