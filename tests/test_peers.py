@@ -435,5 +435,7 @@ def test_an_exit_that_has_fallen_to_chance_fails_the_network_and_is_named(backen
     model, part = trained(), data().calib
     x = part.x.clone()
     x[-1] *= 1e6  # one broken image takes all of the range that the others need
-    with pytest.raises(Collapsed, match=r"exit (1|2) has fallen to chance: \d.* in float .*behind stages\.[01], heads\.[01]: set"):
+    with pytest.raises(
+        Collapsed, match=r"exit (1|2) has fallen to chance: \d.* in float .*behind stages\.[01], heads\.[01]: set"
+    ):
         backend.compress(model, replace(part, x=x), None)

@@ -180,6 +180,16 @@ def test_functions_that_multiply_are_named(name):
     )
 
 
+@torch.fx.wrap
+def hidden(x, weight):
+    return F.conv2d(x, weight[:, :, None, None])
+
+
+def test_a_function_that_torch_fx_does_not_look_into_is_named():
+    net = quantized(AnytimeModel([Call(lambda m, x: hidden(x, m.matrix))], [nn.Flatten()]), Widths(8, 8), "u8s8")
+    assert list(dict(uncovered(net.model, net.sources))) == ["stages.0.hidden"]
+
+
 @pytest.mark.parametrize(
     "layer",
     [nn.ConvTranspose1d(4, 4, 1), nn.ConvTranspose3d(4, 4, 1), nn.GRUCell(4, 4), nn.Conv1d(4, 4, 1)],

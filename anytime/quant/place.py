@@ -24,7 +24,7 @@ MULTIPLYING = (
     *("multi_dot", "matrix_power", "einsum", "tensordot", "linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_tbc"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "scaled_dot_product_attention"),
     *("multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell"),
-    "rnn_relu_cell",
+    *("rnn_relu_cell", "deform_conv2d"),
 )
 SCALING = (nn.LayerNorm, nn.RMSNorm)
 
@@ -354,3 +354,12 @@ def uncovered(model: AnytimeModel, sources: Mapping[str, FakeQuant]) -> Iterator
                 yield name, f"no quantizer for {type(layer).__name__}"
             elif node.op in ("call_function", "call_method") and name_of(node) in MULTIPLYING:
                 yield name, f"no quantizer for the {node.op.removeprefix('call_')} {name_of(node)}"
+            elif node.op == "call_function" and not _known(node.target):
+                yield name, f"what the function {name_of(node)} multiplies cannot be seen, as torch.fx.wrap hides it"
+
+
+def _known(function: Any) -> bool:
+    """Whether a function is torch's, torchvision's or Python's own: of these MULTIPLYING has the names. torch's built-in ones have
+    no module."""
+    owner = (getattr(function, "__module__", None) or "torch").split(".")[0]
+    return owner in ("torch", "torchvision", "_operator", "math", "builtins")
