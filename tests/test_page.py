@@ -316,7 +316,7 @@ def test_without_bokeh_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPa
 
 def test_the_committed_experiments_stay_under_five_megabytes(tmp_path: Path) -> None:
     sizes = {}
-    for exp in ("quickstart", "qat_branchynet"):
+    for exp in ("quickstart", "qat_branchynet", "grid"):
         rows = report.rows(REPO / "results/records", exp)
         sizes[exp] = len(page(rows, REPO / "results/records", REPO / "results", REPO / "results/pages").encode())
     assert all(size < 5e6 for size in sizes.values()), sizes

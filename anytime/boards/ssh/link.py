@@ -49,16 +49,17 @@ def _address_missing(alias: str, config_changed_ns: int) -> str | None:
 
     try:
         options = waited(asyncssh.SSHClientConnectionOptions.construct(None, config=(), host=alias, port=()))
-        if not (options.proxy_command or options.tunnel):
-            socket.getaddrinfo(options.host or alias, None)
-    except OSError as error:
-        what = error.strerror or error
+    except (asyncssh.Error, OSError, ValueError):
+        return None  # it is named there; what is wrong is said when it is used
+    if options.proxy_command or options.tunnel:
+        return None
+    try:
+        socket.getaddrinfo(options.host or alias, None)
+    except socket.gaierror as error:
         return (
-            f"no address of {alias} is known here ({what}): name it under Host {alias} in ~/.ssh/config (docs/jetson.md), then the "
-            "same command, or make measure with this board, measures it"
+            f"no address of {alias} is known here ({error.strerror}): name it under Host {alias} in ~/.ssh/config (docs/jetson.md), "
+            "then the same command, or make measure with this board, measures it"
         )
-    except (asyncssh.Error, ValueError):
-        pass  # what is wrong in the file is said when it is used
     return None
 
 
