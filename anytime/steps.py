@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from anytime.gather import Network, Row, key_of
 
 
+_WIDTHS = ("weight_bits=", "activation_bits=", "add_bits=", "edge_bits=")
+
+
 class Step(NamedTuple):
     """``plain`` is the network whose backend has this one field by default; ``said`` is the field and its value."""
 
@@ -18,7 +21,9 @@ class Step(NamedTuple):
 def steps(networks: Sequence[Network]) -> dict[int, Step]:
     """``id`` of a network -> its step, where it has one.
 
-    Of several plain forms the last one that the experiment names before it: experiments add one thing after another.
+    Of several plain forms one of the same widths, if there is any: what bits cost stands in every table. Of these the last one that
+    the experiment names before it: experiments add one thing after another. (Records keep the place of when they were made; they
+    alone would decide otherwise when a row is made again.)
     """
     there = {(n.family, n.model, key_of(n.spec.get("backend"))): n for n in networks}
     found = {}
@@ -30,7 +35,9 @@ def steps(networks: Sequence[Network]) -> dict[int, Step]:
             if (where := (network.family, network.model, key_of(rest))) in there
         ]
         if plain:
-            found[id(network)] = max(plain, key=lambda s: _rank(s.plain.facts["position"], position))
+            found[id(network)] = max(
+                plain, key=lambda s: (not s.said.startswith(_WIDTHS), *_rank(s.plain.facts["position"], position))
+            )
     return found
 
 

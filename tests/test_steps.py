@@ -47,6 +47,14 @@ def test_a_plain_form_that_comes_later_serves_where_none_comes_before():
     assert found([network(0, weigh=False), network(1)]) == {0: (1, "weigh=False")}
 
 
+def test_of_two_plain_forms_one_of_the_same_widths_serves_whatever_the_ages_of_the_records():
+    wide, narrow = {"weight_bits": 4}, {"weight_bits": 4, "activation_bits": 4}
+    for places in ((1, 2, 3), (2, 1, 3), (5, 4, 3)):
+        plain, wider, both = places
+        grid = [network(plain, **narrow), network(wider, **wide, reach=REACH), network(both, **narrow, reach=REACH)]
+        assert found(grid)[both] == (plain, "reach=Reach(budget=0.6, policy=MaxProb())")
+
+
 def test_what_an_engine_wraps_is_looked_into_and_values_are_written_as_python():
     grid = [network(0, of=1), network(1, of=1, reach=REACH), network(2, observer="minmax")]
     assert found(grid) == {1: (0, "reach=Reach(budget=0.6, policy=MaxProb())")}
