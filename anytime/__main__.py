@@ -317,7 +317,7 @@ def _measure(args: argparse.Namespace) -> int:
 
     formats, exp = _formats(args.format), experiment(args.experiment, args.sets)
     with Bars(args.quiet) as bars:
-        left = measure(exp, args.boards, args.results, bars.log, args.debug, bars.step)
+        left = measure(exp, args.boards, args.results, bars.log, args.debug, bars.step, args.quiet)
     _write_reports([exp.name], formats, args)
     for board, state, reason in left[:1]:
         print(f"anytime: {len(left)} facts are missing, the first one on {board}: {state} {reason}", file=sys.stderr)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,9 @@ SCHEMA = 1
 KIND = "anytime bundle"
 Engine = Literal["onnxruntime", "openvino"]
 
-# ONNX writes the path of external data as the key "location"; bundles hold their weights inside.
-EXTERNAL = b"\n\x08location"
+# ONNX writes the path of external data as the key "location"; bundles hold their weights inside. Protobuf's readers take its tag
+# and its length in more bytes than they need, too.
+EXTERNAL = re.compile(rb"(?:\n|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
 
 
 class Answer(NamedTuple):
@@ -261,7 +263,7 @@ def _checked(folder: Path, said: Mapping[str, Any]) -> bytes:
         raise CorruptFile(f"{path} is missing or cannot be read ({error.strerror}): export the bundle again") from error
     if hashlib.sha256(body).hexdigest() != said["sha256"]:
         raise CorruptFile(f"{path} is not as it was written (its sha256 differs): export the bundle again")
-    if EXTERNAL in body:
+    if EXTERNAL.search(body):
         raise CorruptFile(f"{path} keeps weights in another file, and a bundle holds all of its own: export the bundle again")
     return body
 
@@ -272,7 +274,10 @@ def _pixels(image: Any, shape: Sequence[int], place: int) -> Floats:
     mode = getattr(image, "mode", "")  # PIL's
     if mode in ("P", "YCbCr", "HSV", "LAB"):  # places in a palette, or three numbers that are not red, green and blue
         raise UsageError(f"image {place} is in PIL's mode {mode}: give image.convert({'L' if c == 1 else 'RGB'!r})")
-    a = np.asarray(image)
+    try:
+        a = np.asarray(image)
+    except Exception as error:  # PIL reads a file only now
+        raise UsageError(f"image {place} cannot be read ({first_line(error)}): give another, or leave it out") from error
     if a.ndim == 2 and c == 1:
         a = a[..., None]
     if a.shape != (h, w, c):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from anytime.board import Board
 from anytime.boards.ssh import Ssh
+from anytime.boards.ssh.link import waited
 from anytime.config import Experiment
 from anytime.errors import UsageError, near
 from anytime.find import folders, loaded
@@ -44,7 +46,7 @@ def check(asked: Sequence[str]) -> tuple[str, bool]:
     async def every() -> list[list[str]]:
         return await asyncio.gather(*(one.inspect() for _, one in boards if isinstance(one, Ssh)))
 
-    screens = asyncio.run(every())
+    screens = waited(every())
     text = "\n\n".join("\n".join([f"{one.name} ({name})", *lines]) for (name, one), lines in zip(boards, screens, strict=True))
     fine = not any(line.startswith("WRONG") for lines in screens for line in lines)
     return text + ("\n\neverything is as it is wanted" if fine else ""), fine
@@ -57,8 +59,11 @@ def measure(
     log: Callable[[str], None],
     debug: bool = False,
     progress: Progress = silent,
+    quiet: bool = False,
 ) -> list[tuple[str, str, str]]:
-    """What ``exp`` lacks on these boards, all at once; answer (board, state, reason) of what is missing still.
+    """What ``exp`` lacks on these boards; answer (board, state, reason) of what is missing still.
+
+    Machines at once, boards of one machine in turn: they would take each other's time.
 
     What it lacks elsewhere is left as it is. Networks and predictions are those that are there; what was never predicted is
     predicted first, once.
@@ -69,12 +74,25 @@ def measure(
             raise UsageError(reason)
     first = Runner(exps[0], results, progress, log, debug)
     first.predict_and_decide([f for f in first.todo() if f.of == "eval"])
-    if len(exps) == 1:
-        done = [_on_one(exps[0], results, log, debug, progress)]
-    else:
-        with workers(len(exps)) as pool:
-            done = [future.result() for future in [pool.submit(_on_one, one, results, print, debug) for one in exps]]
-    return [left for one in done for left in one]
+    machines: dict[str, list[Experiment]] = {}
+    for one in exps:
+        own = one.boards[0]
+        machines.setdefault(own.alias if isinstance(own, Ssh) else "", []).append(one)
+    if len(machines) == 1:
+        return [left for one in exps for left in _on_one(one, results, log, debug, progress)]
+    with workers(len(machines)) as pool:
+        futures = [pool.submit(_on_machine, its, results, debug, quiet) for its in machines.values()]
+        return [left for future in futures for left in future.result()]
+
+
+def _on_machine(exps: Sequence[Experiment], results: Path, debug: bool, quiet: bool) -> list[tuple[str, str, str]]:
+    """One after the other, in a process of their own."""
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    return [left for exp in exps for left in _on_one(exp, results, say, debug)]
 
 
 def _on_one(

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from anytime.gather import Network, Row, key_of
 
-
 _WIDTHS = ("weight_bits=", "activation_bits=", "add_bits=", "edge_bits=")
 
 

@@ -24,7 +24,7 @@ from anytime.metrics import Floats
 from anytime.policy import Policy
 
 TURN, REFRESH = 8, 3  # readings of a turn; untimed ones before them
-_PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}  # imported when a graph is made
+_PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}  # imported when a graph is made; TensorFlow, of "tflite", by tf.py
 
 
 class _Links:
@@ -180,7 +180,10 @@ def _child(jobs_file: str, report_file: str, device: str = "cpu") -> None:
             runs.append(_Replay(net, policy) if batch == 1 else _Batches(net, policy, batch))
         # Else the first network of an engine would pay for its import, and one for the graphs that it has not been asked for yet.
         with suppress(ImportError):
-            import_module(_PACKAGES.get(net.format, "numpy"))
+            if net.format == "tflite":
+                import_module("anytime.tf").tensorflow()
+            else:
+                import_module(_PACKAGES.get(net.format, "numpy"))
         for segment in runs[-1].segments if hasattr(net, "graph") else ():
             net.graph(segment)
         beat()

@@ -12,7 +12,7 @@ four). One seed; the papers train 200 epochs and more.
 
 It gave so far: FP32 trained on 91.49 %, LSQ, 20 epochs, 91.24 at W4A4, 90.87 at W3A3 (its last 11 epochs in fp32, on a CPU without
 bfloat16) and 88.54 at W2A2, of 91.73 before; taught 91.49 at W4A4, 91.25 at W3A3 and 89.36 at W2A2. 8 epochs at W4A4
-(in fp32, on a CPU without bfloat16): LSQ 91.41, STE 91.04. PACT and DoReFa, and 2 bits for 8 epochs, have not been run yet.
+(in fp32, on a CPU without bfloat16): LSQ 91.41, PACT 91.15, STE 91.04. DoReFa, and 2 bits for 8 epochs, have not been run yet.
 Two taught runs collapsed. In the first 8-bit activations still learned their steps, and that of the pooled features ran away; in
 the second BatchNorm was frozen at half of the epochs as in the others, and a few steps later the network was destroyed; without the
 teacher it went on learning from the same checkpoint.

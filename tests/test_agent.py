@@ -1,6 +1,7 @@
 """The board's agent: plain Python 3.6, the same answers under every interpreter and engine of a JetPack, and nothing lost."""
 
 import ast
+import asyncio
 import gc
 import importlib
 import json
@@ -21,7 +22,7 @@ from anytime import cpu, stops
 from anytime.boards.ssh import Ssh
 from anytime.boards.ssh.job import AGENT, FILES, MACHINE, Job, links, on_board
 from anytime.boards.ssh.said import said_of
-from anytime.errors import AnytimeError
+from anytime.errors import AnytimeError, UsageError
 from anytime.onnx_net import OnnxNet, written
 from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.patience import Patience
@@ -427,12 +428,39 @@ def test_a_power_mode_that_changes_in_the_middle_spoils_the_measurement(tmp_path
 
     def facts(*states):
         said = {"before": states[0], "after": states[-1], "job": "1", "wall_s": 2.0, "cpu_s": 1.9, "stalled_us": 300000}
-        return Ssh("b")._facts([{"said": said}], {"engine": "onnxruntime 1"}, 1, 8, SimpleNamespace(id="1"))
+        return Ssh("b", emulated=True)._facts([{"said": said}], {"engine": "onnxruntime 1"}, 1, 8, SimpleNamespace(id="1"))
 
     said = facts(before, before)
     assert (said["noisy"], said["pressure_share"], said["waiting_share"], said["emulated"]) == ("yes", "0.150", "0.050", "yes")
     with pytest.raises(AnytimeError, match="b: its power mode changed during the measurement"):
         facts(before, after)
+
+
+def test_a_state_that_is_not_what_is_wanted_spoils_a_result_of_before_too(tmp_path):
+    state = state_of(planted(tmp_path, least="115200"))
+    said = {"before": state, "after": state, "job": "1", "wall_s": 2.0, "cpu_s": 1.9, "stalled_us": 0}
+
+    def facts(board):
+        return board._facts([{"said": said}], {"engine": "onnxruntime 1"}, 1, 8, SimpleNamespace(id="1"))
+
+    assert facts(Ssh("b", power_mode="MODE_15W_6CORE", emulated=True))["power_mode"] == "MODE_15W_6CORE"
+    with pytest.raises(AnytimeError, match=r"while it was measured, b runs in power mode MODE_15W_6CORE .* not in MAXN"):
+        facts(Ssh("b", power_mode="MAXN", emulated=True))
+    with pytest.raises(AnytimeError, match="its clocks are moving"):
+        facts(Ssh("b", fixed_clocks=True, emulated=True))
+
+
+@pytest.mark.parametrize("python", ["~/venv/bin/python", "venv/bin/python"])
+def test_an_interpreter_is_a_name_or_a_whole_path(python):
+    with pytest.raises(UsageError, match="no whole path"):
+        Ssh("agx", python=python)
+    assert Ssh("agx", python=f"/home/me/{python[2:]}") and Ssh("agx", python="python3.11")
+
+
+def test_without_asyncssh_a_screen_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "asyncssh", None)
+    (said,) = asyncio.run(Ssh("agx").inspect())
+    assert said.startswith("WRONG") and "asyncssh is not installed here: pip install -e '.[boards]'" in said
 
 
 def test_this_machine_is_no_jetson():

@@ -1,6 +1,7 @@
 """A bundle is written whole, checked when it is read, and answers as its policy does offline; without torch."""
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.openvino import OpenVINO
 from anytime.backends.ptq import PTQ
 from anytime.board import board_test
-from anytime.bundle import fingerprint, policy_of
+from anytime.bundle import _checked, _pixels, fingerprint, policy_of
 from anytime.cells import find_cell
 from anytime.dataset import normalise
 from anytime.engine import OnnxRuntimeGraph, OpenVINOGraph
@@ -600,3 +601,18 @@ def test_a_cell_by_its_key(home, monkeypatch):
     wrong = key(cell)[:7] + ("0" if key(cell)[7] != "0" else "1")
     with pytest.raises(UsageError, match=f"no experiment has a network with the key '{wrong}'.*did you mean '{key(cell)[:8]}'"):
         find_cell([wrong])
+
+
+@pytest.mark.parametrize("key", [b"\n\x08location", b"\n\x88\x00location", b"\x8a\x00\x88\x80\x00location"])
+def test_weights_outside_are_seen_however_their_key_is_written(tmp_path, key):
+    assert onnx.StringStringEntryProto.FromString(key).key == "location"
+    (tmp_path / "segment_1.onnx").write_bytes(key)
+    with pytest.raises(CorruptFile, match="keeps weights in another file"):
+        _checked(tmp_path, {"file": "segment_1.onnx", "sha256": hashlib.sha256(key).hexdigest()})
+
+
+def test_an_image_file_that_is_cut_off_names_its_place():
+    body = io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 16, 3), np.uint8)).save(body, "PNG")
+    with pytest.raises(UsageError, match="image 2 cannot be read .*truncated"):
+        _pixels(Image.open(io.BytesIO(body.getvalue()[:300])), (3, 16, 16), 2)

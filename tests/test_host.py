@@ -907,3 +907,14 @@ def test_reads_the_clock_and_the_pressure_of_a_machine_that_has_them(monkeypatch
     assert cpu.stalled_us() == 17933155
     del files["/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"]
     assert Host().facts()["mhz"] == "2450.0"
+
+
+def test_no_network_pays_for_the_import_of_tensorflow(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr("anytime.tf.tensorflow", lambda: told.append("imported"))
+    monkeypatch.setattr(Sizes, "format", "tflite")
+    monkeypatch.setattr(Sizes, "open", lambda self, threads: told.append("opened"))
+    monkeypatch.setattr(stopwatch, "_interleave", lambda *_: {})
+    (tmp_path / "jobs").write_bytes(pickle.dumps((1, 0, 1, 1, [(Sizes(chain(1), {}, simulated=False), None)], X)))
+    stopwatch._child(str(tmp_path / "jobs"), str(tmp_path / "report"))
+    assert told == ["imported", "opened"]

@@ -72,6 +72,11 @@ class Ssh(Board):
                 f"Ssh: alias={self.alias!r}, threads={self.threads}, launches={self.launches}, warmup={self.warmup}: "
                 "name a Host of ~/.ssh/config, threads >= 1, launches >= 1, warmup >= 0"
             )
+        if "/" in self.python and not self.python.startswith("/"):
+            raise UsageError(
+                f"Ssh: python={self.python!r} is no whole path, and a job runs in a folder of its own: "
+                "give /home/USER/venv/bin/python, or a name that is on the board's PATH"
+            )
 
     @property
     def name(self) -> str:
@@ -316,6 +321,9 @@ class Ssh(Board):
         modes = {(state["nvpmodel"], state["emulated"]) for one in said for state in (one["before"], one["after"])}
         if len(modes) > 1:
             raise AnytimeError(f"{self.name}: its power mode changed during the measurement: leave it alone and measure again")
+        # A job of before is collected too, and it may have run before somebody changed the board, or what its file wants.
+        if sentences := [s for one in said for state in (one["before"], one["after"]) for s in self.wrong(state)]:
+            raise AnytimeError(f"while it was measured, {'; '.join(dict.fromkeys(sentences))}; then measure again")
         facts: dict[str, str] = (
             said_of(said[0]["before"])
             | {f"{name}_after": said_of(said[-1]["after"])[name] for name in ("celsius", "throttling")}

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
-from anytime.errors import AnytimeError, Unreachable, UsageError
+from anytime.errors import AnytimeError, Unreachable, UsageError, install
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)  # told of lost links and killed agents
@@ -79,7 +79,10 @@ class Link:
         self._drop()
 
     async def _connect(self) -> None:
-        import asyncssh
+        try:
+            import asyncssh
+        except ImportError as error:
+            raise UsageError(f"asyncssh is not installed here: {install('boards')}") from error
 
         said: dict[str, Any] = {"connect_timeout": CONNECT_S, "login_timeout": LOGIN_S}
         said |= {"keepalive_interval": KEEPALIVE_S, "keepalive_count_max": MISSED}
