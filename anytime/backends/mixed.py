@@ -30,10 +30,11 @@ from anytime.train import Trainer
 class MixedPrecision(Backend):
     """Calibrated integers whose widths an integer program chooses from ``candidates``, layer by layer.
 
-    It minimises the expected BOPs, the sum over layers of P(reach) x MACs x weight bits x activation bits, with no more
-    distortion than uniform W``like``A``like``; or, given ``bops``, the distortion with no more expected BOPs than that share
-    of W8A8's. Distortion is KL from the float network's answers in nats, averaged over exits by the share of samples
-    that leaves there: the sum of what each layer's weight and each tensor does alone, on up to ``samples`` of the tune part.
+    It minimises the expected BOPs, the sum over layers of P(reach) x MACs x weight bits x activation bits, with no more predicted
+    distortion than uniform W``like``A``like``; or, given ``bops``, the distortion with no more expected BOPs than that share of
+    W8A8's. Distortion is KL from the float network's answers in nats, averaged over exits by the share of samples that leaves
+    there: the sum of what each layer's weight and each tensor does alone, on up to ``samples`` of the tune part. These need not
+    add up: records hold the predicted sum and what the chosen bits did together.
     Without ``reach`` every sample runs everything, and exits weigh alike: the plain form. With it every stage is also
     calibrated on those calib samples that reach it. ``weigh`` False then still chooses as the plain form does, while calibration
     and what ``bops`` limits go by ``reach``: the two sides of an ablation at equal expected BOPs. Once bits are chosen, ``rounding``
