@@ -139,6 +139,8 @@ class DatasetSpec(Spec, ABC):
         parts = draw(
             raw.y_train, {"calib": self.calib, "tune": self.tune, "val": self.val, "hold": self.hold}, seed, type(self).__name__
         )
+        if self.own:  # a folder is read class by class: of calib some take the first samples, or batches as they come
+            parts["calib"] = np.random.default_rng(seed).permutation(parts["calib"])
 
         def part(name: PartName, x: NDArray[Any], y: NDArray[Any], origins: frozenset[str] = frozenset()) -> Part:
             return Part(normalise(x, self.preprocessing), torch.from_numpy(y.astype(np.int64)), name, digest(x, y), origins)

@@ -214,6 +214,11 @@ class FromTeacher(Loss):
 
     def begin(self, model: AnytimeModel) -> None:
         self.of.begin(model)
+        if not getattr(model, "taught", False):
+            raise UsageError(
+                "FromTeacher reads a teacher's logits behind the student's, which only QAT(teach=...) gives it: "
+                "in a recipe take another loss, such as Distilled()"
+            )
 
     def epoch(self, model: AnytimeModel) -> None:
         self.of.epoch(model)

@@ -53,6 +53,8 @@ class Reach(Spec):
                 f"reach: the network was trained on the samples of this {part.name} part (digest {min(seen)}) and is surer of "
                 "them than of others; use weights that were trained on the split, or none of reach"
             )
+        if model.n_exits == 1:  # nothing to decide: everyone goes all the way
+            return _reached(np.zeros(len(part), dtype=np.int64), (0,), 1, model.restarts, self.label)
         net = TorchNet(model, {}, simulated=True)
         cost = In(account(net, tuple(part.x.shape[1:])), "macs")
         used = self.policy.uses(net.n_exits)

@@ -19,7 +19,7 @@ from anytime.models.resnet import ResNet20
 from anytime.models.sdn import SDN
 from anytime.models.sparse_resnet import SparseResNet
 from anytime.quant.equalize import equalize
-from anytime.quant.graph import Widths, quantized
+from anytime.quant.graph import Widths, prepared, quantized
 from anytime.quant.trace import traced
 from tests.worlds import Restarting, Tiny
 
@@ -407,3 +407,46 @@ def test_it_is_worth_it_at_four_bits():
     before = error(model)
     equalize(model)
     assert error(model) < before / 4
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        a = self.a(x)
+        return torch.relu(self.b(a)) + a.mT
+
+
+def test_a_tensor_that_an_attribute_turns_is_left_alone():
+    torch.manual_seed(0)
+    model, x = AnytimeModel([Turned()], [nn.Sequential(nn.Flatten(), nn.Linear(256, 3))]).eval(), torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        model.stages[0].a.weight[0] *= 20
+        want, chain = model(x), traced(model)
+        done = equalize(chain)
+        assert torch.allclose(chain(x), want, atol=1e-5)
+    assert done.refused["stages.0.a"] == "is read by getattr (stages.0.getattr_1)"
+
+
+def test_a_layer_behind_mT_is_quantized():
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.b(self.a(x).mT)
+
+    net = prepared(
+        AnytimeModel([Mixer()], [nn.Sequential(nn.Flatten(), nn.Linear(48, 3))]).eval(),
+        torch.randn(8, 6, 8),
+        Widths(8, 8),
+        "u8s8",
+        "minmax",
+        "minmax",
+    )
+    assert set(net.bits) == {"stages.0.a", "stages.0.b", "heads.0.1"}
+    assert net.sources["stages.0.b"].name == "stages.0:a"

@@ -12,7 +12,7 @@ from anytime.errors import Infeasible, Leak, Unsupported, UsageError
 from anytime.policies.confidence import MaxProb
 from anytime.quant.fake import FakeQuant
 from anytime.reach import Reach
-from tests.worlds import Tiny, data, trained, trainer
+from tests.worlds import Tiny, data, fresh, trained, trainer
 
 REACH = Reach(MaxProb(), 0.7)
 EDGES = {"stages.0.0", "heads.0.2", "heads.1.4", "heads.2.3"}
@@ -165,3 +165,12 @@ def test_what_was_learned_is_kept_for_those_bits(tmp_path, monkeypatch):
     other = LEARNED.compress(trained(), data().calib, kept)
     assert other.bits != first.bits
     assert len(list(tmp_path.glob("*/weights.safetensors"))) == 2
+
+
+def test_a_layer_left_in_float_reads_the_widest():
+    net = MixedPrecision(keep_float=("stages.1.0.b",), candidates=(3, 8), like=8, samples=16).compress(
+        fresh().eval(), data().calib, trainer()
+    )
+    link = net.twin.stages[1]
+    (read,) = [n.args[0] for n in link.graph.nodes if n.target == "0.b"]
+    assert link.get_submodule(read.target).bits == 8

@@ -11,6 +11,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from anytime import cpu
+from anytime.backends.float import Float32
+from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.engine import EXACT_INT8, OnnxRuntimeGraph
 from anytime.errors import Unsupported
 from anytime.layers import MixedPool2d, ZeroPadShortcut
@@ -18,7 +20,7 @@ from anytime.model import AnytimeModel, Segment
 from anytime.models.branchynet import BAlexNet, BLeNet
 from anytime.quant.graph import Widths, prepared, traced
 from anytime.quant.onnx_graph import IR, OPSET, OnnxChain
-from tests.worlds import Tiny, data, trained
+from tests.worlds import Tiny, data, trained, trainer
 
 
 def chains():
@@ -292,3 +294,9 @@ def test_what_has_no_onnx_form_is_named(layer, said):
     model.stages[0].append(layer)
     with pytest.raises(Unsupported, match=said):
         OnnxChain(traced(AnytimeModel(model.stages[:1], model.heads[:1])), SHAPE, True).write(Segment(0, 1, None))
+
+
+def test_a_linear_layer_over_rows_is_refused_by_name():
+    rows = AnytimeModel([nn.Sequential(nn.Linear(16, 4), nn.ReLU())], [nn.Sequential(nn.Flatten(), nn.Linear(192, 4))]).eval()
+    with pytest.raises(Unsupported, match=r"stages\.0\.0: a linear layer over"):
+        OnnxRuntime(of=Float32()).compress(rows, data().calib, trainer()).predict(data().calib.x[:2].numpy())

@@ -10,12 +10,13 @@ from anytime.backend import TorchNet
 from anytime.cost import In, account
 from anytime.errors import Infeasible, Leak, Unsupported
 from anytime.metrics import Predictions
+from anytime.models.static import Static
 from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.fixed import Fixed
 from anytime.policies.patience import Patience
 from anytime.reach import Reach
 from anytime.spec import key
-from tests.worlds import Restarting, data, trained
+from tests.worlds import Restarting, Tiny, data, fresh, trained
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,9 @@ def test_budgets_that_leave_stages_without_samples():
 
 def test_its_key_names_policy_and_budget():
     assert len({key(Reach(p, b)) for p in (MaxProb(), Entropy()) for b in (0.5, 0.6)}) == 4
+
+
+def test_a_network_of_one_exit_is_reached_by_all():
+    got = Reach(MaxProb(), 0.6).estimate(fresh(Static(Tiny())).eval(), data().calib)
+    assert got.last.tolist() == [0] * len(data().calib)
+    assert [a.tolist() for a in got[1:]] == [[1.0]] * 3

@@ -17,7 +17,7 @@ from anytime.models.resnet import ResNet20
 from anytime.models.sparse_resnet import SparseResNet
 from anytime.quant.adaround import AdaRoundWeight, rectified_sigmoid
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear
-from anytime.quant.graph import Widths, quantized, traced
+from anytime.quant.graph import Widths, prepared, quantized, traced
 from anytime.quant.qdrop import DropStep, kept
 from anytime.quant.ranges import Grid, affine, weight_scales
 from anytime.quant.reconstruct import Reconstruction, reconstruct
@@ -528,3 +528,45 @@ def test_an_excluded_layer_is_left_alone():
     assert "stages.1.0.b" not in [path for r in report for path in r.layers]
     left = net.model.get_submodule("stages.1.0.b")
     assert not isinstance(left, QConv2d | QLinear) and torch.equal(left.weight, model.get_submodule("stages.1.0.b").weight)
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation as it is usually written."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.pool, self.a, self.b = nn.AdaptiveAvgPool2d(1), nn.Linear(c, c), nn.Linear(c, c)
+
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        y = self.pool(x).view(b, c)
+        return x * torch.sigmoid(self.b(torch.relu(self.a(y)))).view(b, c, 1, 1).expand_as(x)
+
+
+@pytest.mark.parametrize("unit", ["layer", "block"])
+@pytest.mark.parametrize("n", [1, 4])  # 4: more layers than one unit may have
+def test_shapes_may_be_asked_before_layers_and_used_behind_them(unit, n):
+    torch.manual_seed(0)
+    gates = [m for _ in range(n) for m in (Gate(4), nn.Conv2d(4, 4, 3, padding=1))]
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), *gates, nn.Flatten())
+    chain, x = traced(AnytimeModel([body], [nn.Linear(64, 3)])), torch.randn(150, 3, 4, 4)
+    net = prepared(chain, x, Widths(4, 8), "u8s8", "minmax", "minmax")
+    done = reconstruct(net, chain, x, Reconstruction(unit=unit, drop=0.0, learn_steps=False, iterations=2), 0)
+    assert sum(len(u.layers) for u in done) == 2 + 3 * n
+    assert net.model(x).isfinite().all()
+
+
+def test_a_shape_asked_first_and_used_last():
+    class V(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(8)))
+
+        def forward(self, x):
+            b = x.shape[0]
+            return self.body(x).view(b, -1)
+
+    for unit in ("layer", "block"):
+        chain, x = traced(AnytimeModel([V()], [nn.Linear(48, 3)])), torch.randn(150, 3, 4, 4)
+        net = prepared(chain, x, Widths(4, 8), "u8s8", "minmax", "minmax")
+        reconstruct(net, chain, x, Reconstruction(unit=unit, drop=0.5, iterations=2), 0)

@@ -149,3 +149,19 @@ def test_a_link_may_be_a_single_layer():
     assert not any(m.training for m in chained.modules()) and same(model, chained)
     net = prepared(model, images(), Widths(8, 8), "u8s8", "minmax", "minmax")
     assert set(net.bits) == {"stages.0.0", "heads.1.0"}
+
+
+def test_a_view_of_a_map_is_calibrated_channels_last():
+    class View(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(64, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.conv(x))
+            return self.fc(x.view(x.size(0), -1))
+
+    torch.manual_seed(0)
+    model, x = AnytimeModel([nn.Identity()], [View()]).eval(), torch.rand(70, 3, 4, 4)
+    net = prepared(model, x, Widths(8, 8), "u8s8", "minmax", "minmax")
+    assert (net.model(x) - model(x)).abs().max() < 0.02

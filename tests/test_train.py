@@ -441,3 +441,14 @@ def test_more_networks_than_torch_would_compile(monkeypatch):
     for c in range(10):
         _compiled(AnytimeModel([torch.nn.Flatten()], [torch.nn.Linear(3, c + 1)]))(torch.zeros(2, 3))
     assert len(graphs) == 10
+
+
+def test_a_recipe_cannot_learn_from_a_teacher_that_is_not_there():
+    with pytest.raises(UsageError, match="QAT"):
+        trainer(loss=FromTeacher()).fit(fresh())
+    with pytest.raises(UsageError, match="nothing has trained the trunk"):
+        trainer(loss=FromTeacher(of=FrozenTrunk())).fit(fresh())
+
+
+def test_qat_teach_still_works():
+    QAT(8, 8, epochs=1, teach=0.5).compress(fresh().eval(), data().calib, trainer(epochs=0))

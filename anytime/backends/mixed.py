@@ -90,7 +90,7 @@ class MixedPrecision(Backend):
         reached = None if self.reach is None else self.reach.estimate(model, calib)
         float_chain = traced(model)
         floats = left_out(float_chain, self.keep_float, target)
-        nets = [quantized(float_chain, self._widths(width), target, floats) for width in self.candidates]
+        nets = [quantized(float_chain, self._widths(width, floats), target, floats) for width in self.candidates]
         last = None if reached is None else torch.from_numpy(reached.last)
         seen = nets[0].observe(calib.x, last, values=self.observer in NEEDS_VALUES)
         for net in nets:
@@ -110,7 +110,7 @@ class MixedPrecision(Backend):
         bound = None if self.bops is not None else chosen.distortion(nets[self.candidates.index(self.like)].bits)
         allocation = self._search(chosen, counted, bound)
         solved = perf_counter()
-        net = quantized(float_chain, self._widths(self.candidates[0], allocation.bits), target, floats)
+        net = quantized(float_chain, self._widths(self.candidates[0], floats, allocation.bits), target, floats)
         net.calibrate(seen, self.observer, self.weight_observer)
         net.check_coverage()
         # The bits too: another machine may choose others.
@@ -130,8 +130,11 @@ class MixedPrecision(Backend):
         }
         return done
 
-    def _widths(self, width: int, layers: BitMap | None = None) -> Widths:
-        return Widths(width, width, self.edge_bits, self.add_bits, layers or {})
+    def _widths(self, width: int, floats: tuple[str, ...], layers: BitMap | None = None) -> Widths:
+        """What is left in float reads the widest: no choice is made for it."""
+        widest = max(self.candidates[-1], self.edge_bits)
+        left_out = dict.fromkeys(floats, Bits(widest, widest))
+        return Widths(width, width, self.edge_bits, self.add_bits, {**left_out, **(layers or {})})
 
     def _search(self, chosen: Choices, counted: Choices, bound: float | None) -> Allocation:
         if bound is not None:

@@ -92,6 +92,8 @@ _NAMES = {"lsq": "LSQ", "pact": "PACT", "dorefa": "DoReFa"}
 class _Taught(AnytimeModel):
     """A student that in training gives its own logits, then its teacher's; the teacher is no part of its weights."""
 
+    taught = True  # what FromTeacher asks for
+
     def __init__(self, student: AnytimeModel, teacher: AnytimeModel) -> None:
         super().__init__(student.stages, student.heads, student.restarts)
         self.trained_on = student.trained_on

@@ -25,6 +25,8 @@ VIEWS = (
     *("squeeze", "unsqueeze", "expand", "expand_as", "view_as", "select", "diagonal", "unfold", "to", "float"),
 )
 
+TENSORS = ("T", "mT", "H", "mH", "data", "real")  # attributes of a tensor that are tensors
+
 
 def module_of(g: fx.GraphModule, node: object) -> nn.Module | None:
     """The module that a node calls; None for every other node."""
@@ -35,6 +37,8 @@ def passes(g: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node only chooses or moves values of its first argument."""
     if node.op == "call_module":
         return isinstance(module_of(g, node), PASS_MODULES)
+    if node.target is getattr:
+        return node.args[1] in TENSORS
     return (node.op == "call_function" and node.target in PASS_CALLS) or (
         node.op == "call_method" and node.target in PASS_METHODS
     )
@@ -72,7 +76,7 @@ def is_view(g: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(module_of(g, node), VIEW_MODULES)
     if node.target is getattr:
-        return node.args[1] in ("T", "mT", "data")
+        return node.args[1] in TENSORS
     return node.op in ("call_function", "call_method") and name_of(node) in VIEWS
 
 

@@ -171,6 +171,10 @@ def _link(w: Writer, link: nn.Module, path: str, value: Any, int_bias: bool) -> 
             values[node] = held[node.args[1]]
         elif node.op == "call_module":
             module, given = link.get_submodule(node.target), get(node.args[0])
+            if isinstance(module, nn.Linear) and len(_shape(node.args[0])) != 2:
+                raise Unsupported(
+                    f"{name}: a linear layer over more than one axis of a sample has no ONNX form here; flatten before it"
+                )
             if int_bias and given.q is not None:
                 module = channelwise(module, given.q.quant, _shape(node.args[0])[1])
             used = sum(n.op == "call_module" and n.target == node.target for n in link.graph.nodes)

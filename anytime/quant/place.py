@@ -14,7 +14,7 @@ from anytime.errors import Unsupported, UsageError, near
 from anytime.model import AnytimeModel
 from anytime.quant.bits import Bits, Target
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, QuantizedLayer
-from anytime.quant.nodes import conv_before, is_add, is_relu, is_view, module_of, name_of, output_nodes, passes
+from anytime.quant.nodes import TENSORS, conv_before, is_add, is_relu, is_view, module_of, name_of, output_nodes, passes
 from anytime.quant.trace import links
 
 # Functions and methods that multiply as a layer does, by name, as torch's autocast and its FLOP counter know them. Modules
@@ -326,7 +326,9 @@ def _behind(g: fx.GraphModule, node: fx.Node) -> Any:
 
 def asks_shape(node: fx.Node) -> bool:
     """Whether a node reads a tensor's shape, not its values."""
-    return (node.op == "call_method" and node.target in ("size", "dim")) or node.target is getattr
+    if node.target is getattr:
+        return node.args[1] not in TENSORS
+    return node.op == "call_method" and node.target in ("size", "dim")
 
 
 def _gives_several(g: fx.GraphModule, node: fx.Node) -> bool:

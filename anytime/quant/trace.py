@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from operator import getitem
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -62,6 +63,14 @@ def traced(model: AnytimeModel, fold_bn: bool = True) -> AnytimeModel:
     for path, chain in (("stages", model.stages), ("heads", model.heads)):
         for k in range(len(chain)):
             link = trace(_unshared(chain[k]), f"{path}.{k}")
+            for node in link.graph.nodes:  # the same values, whatever the layout: calibration runs channels last
+                if (
+                    node.op == "call_method"
+                    and node.target == "view"
+                    and not node.kwargs
+                    and not isinstance(node.args[1], torch.dtype)
+                ):
+                    node.target = "reshape"
             out_of_place(link, f"{path}.{k}")
             _apart(link)
             chain[k] = _fold_bn(link) if fold_bn else link

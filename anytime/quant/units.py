@@ -13,6 +13,7 @@ from anytime.model import AnytimeModel
 from anytime.quant.fake import FakeQuant, QuantizedLayer
 from anytime.quant.graph import Quantized
 from anytime.quant.nodes import is_relu, module_of
+from anytime.quant.place import asks_shape
 from anytime.quant.trace import links
 
 MOST_LAYERS = 6  # of one unit; a longer piece that no single tensor cuts is learned layer by layer
@@ -72,30 +73,36 @@ def partition(net: Quantized, model: AnytimeModel, unit: Granularity, with_exits
     entry: Any = None
     state: Any = None
     found: list[Stage] = []
+    sizes: dict[fx.Node, Op] = {}
     for path, link in links(net.model):
         if entry is None:
             entry = state = next(n for n in link.graph.nodes if n.op == "placeholder")
         is_head = path.startswith("heads")
         begin = entry if net.model.restarts and not is_head else state
-        ops, result = _ops(link, plain.get(path), path, begin, alias)
+        ops, result = _ops(link, plain.get(path), path, begin, alias, sizes)
         if not is_head:
             body, state = ops, result
             continue
         leaves = frozenset(_nodes(state))
         if unit == "layer":
-            units = _units(_layerwise([*body, *ops], leaves, alone=True), {*leaves, result})
+            units = _units(_layerwise([*body, *ops], leaves, alone=True), {*leaves, result}, sizes)
         else:
-            units = _units([*_blocks(body, leaves), *_blocks(ops, {result})], {*leaves, result})
+            units = _units([*_blocks(body, leaves), *_blocks(ops, {result})], {*leaves, result}, sizes)
             read = {n for op in ops for n in op.reads} - {op.node for op in ops}
             feeds = [i for i, u in enumerate(units) if u.layers and not read.isdisjoint(u.gives)]
             if feeds and with_exits:
-                units[feeds[-1]] = _with_exit(units[feeds[-1]], ops, result)
+                units[feeds[-1]] = _with_exit(units[feeds[-1]], _with_sizes(ops, sizes), result)
         found.append(Stage(tuple(units), leaves))
     return entry, found
 
 
-def _ops(link: fx.GraphModule, plain: Any, path: str, begin: Any, alias: dict[fx.Node, Any]) -> tuple[list[Op], Any]:
-    """What a link computes from ``begin``, a node or a tuple of them, and what it returns."""
+def _ops(
+    link: fx.GraphModule, plain: Any, path: str, begin: Any, alias: dict[fx.Node, Any], sizes: dict[fx.Node, Op]
+) -> tuple[list[Op], Any]:
+    """What a link computes from ``begin``, a node or a tuple of them, and what it returns.
+
+    What only asks for shapes goes to ``sizes``: no tensor, so no unit hands it on; whoever reads it asks the tensor anew.
+    """
     same = [n.name for n in link.graph.nodes if not isinstance(module_of(link, n), FakeQuant)]
     if not isinstance(plain, fx.GraphModule) or same != [n.name for n in plain.graph.nodes]:
         raise Unsupported(f"{path} of the float chain is not what was quantized: give the traced chain that the net was made of")
@@ -119,7 +126,13 @@ def _ops(link: fx.GraphModule, plain: Any, path: str, begin: Any, alias: dict[fx
                 rounded, twin = module, _same if isinstance(module, FakeQuant) else module_of(plain, node)
             args, kwargs = meant(node.args), meant(node.kwargs)
             layer = f"{path}.{node.target}" if isinstance(module, QuantizedLayer) else ""
-            ops.append(Op(node, rounded, twin, args, kwargs, _nodes((args, kwargs)), layer))
+            direct = _nodes((args, kwargs))
+            reads = tuple(dict.fromkeys(t for n in direct for t in (sizes[n].reads if n in sizes else (n,))))
+            op = Op(node, rounded, twin, args, kwargs, reads, layer)
+            if asks_shape(node) or (direct and sizes.keys() >= set(direct)):
+                sizes[node] = op
+            else:
+                ops.append(op)
     return ops, meant(link.graph.output_node().args[0])
 
 
@@ -188,9 +201,24 @@ def _n_layers(ops: Iterable[Op]) -> int:
     return sum(bool(op.layer) for op in ops)
 
 
-def _units(runs: list[list[Op]], later: Set[fx.Node]) -> list[Unit]:
+def _with_sizes(run: list[Op], sizes: dict[fx.Node, Op]) -> list[Op]:
+    """A run with what it asks about shapes, each question before its first reader."""
+    found: dict[fx.Node, Op] = {}
+
+    def put(op: Op) -> None:
+        for n in _nodes((op.args, op.kwargs)):
+            if n in sizes and n not in found:
+                put(sizes[n])
+        found[op.node] = op
+
+    for op in run:
+        put(op)
+    return list(found.values())
+
+
+def _units(runs: list[list[Op]], later: Set[fx.Node], sizes: dict[fx.Node, Op]) -> list[Unit]:
     units: list[Unit] = []
-    for run in reversed([r for r in runs if r]):
+    for run in reversed([_with_sizes(r, sizes) for r in runs if r]):
         own = [op.node for op in run]
         reads = dict.fromkeys(n for op in run for n in op.reads if n not in own)
         layers = tuple(op.layer for op in run if op.layer)
