@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # make gives several in one: SET="recipe.epochs=1 train_seeds=(0, 1)", ONLY="SDN ResNet-20".
     args.sets = [one for said in getattr(args, "sets", []) for one in re.split(r"\s+(?=[\w.*-]+=)", said.strip())]
     for words in ("only", "cell"):
-        setattr(args, words, [word for said in getattr(args, words, []) for word in said.split()])
+        said = getattr(args, words, [])  # the path of a user's own experiment may hold spaces
+        setattr(args, words, [w for one in said for w in ([one] if os.path.isfile(os.path.expanduser(one)) else one.split())])
     try:
         return {
             "run": _run, "list": _list, "report": _report, "compare": _compare, "cite": _cite, "measure": _measure, "board": _board,

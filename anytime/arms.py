@@ -6,6 +6,7 @@ import base64
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,7 +138,7 @@ class Decider:
                     raise
                 raise Infeasible(
                     f"{fact.policy.label}: a budget of {fact.budget:g} lies under the cheapest path; the least possible is "
-                    f"{error.least / total:.4f} {'ms' if self.exp.currency == 'ms' else 'of the reference'}",
+                    f"{ceil(1e4 * error.least / total) / 1e4:.4f} {'ms' if self.exp.currency == 'ms' else 'of the reference'}",
                     error.least / total,
                 ) from error
         return self.fits[name]

@@ -24,6 +24,7 @@ from anytime.timed import ms_by_session
 
 TOLERANCES = {"accuracy": 0.5, "agreement": 0.5, "int8_macs_share": 1.0, "latency_ms_mean": 1.1, "size_bytes": 1.01, "macs": 1.01}
 _OF_A_MACHINE = ("latency_ms", "cpu_ms", "energy_mj", "speedup", "accuracy_at_ms")
+_OF_A_BOARD = (*_OF_A_MACHINE, "same_exits", "board_", "rival_", "as_good_")
 
 
 def unit(metric: str) -> str:
@@ -243,10 +244,11 @@ def _rows(fold: Fold, network: Network) -> dict[Asked, dict[str, Row]]:
 
 
 def _boards(metric: str, ours: dict[str, Row], theirs: dict[str, Row]) -> dict[str, tuple[Row, Row]]:
-    """Board -> both rows: every board that timed both for what is timed, else one pair for all boards."""
-    if metric.startswith((*_OF_A_MACHINE, "same_exits")):
-        return {board: (ours[board], theirs[board]) for board in ours if board and board in theirs}
-    return {"": (next(iter(ours.values())), next(iter(theirs.values())))}
+    """Board -> both rows: every board that timed both for what is timed, else one pair for all boards, of one board if there is one."""
+    shared = {board: (ours[board], theirs[board]) for board in ours if board in theirs}
+    if metric.startswith(_OF_A_BOARD):
+        return {board: pair for board, pair in shared.items() if board}
+    return {"": next(iter(shared.values()), (next(iter(ours.values())), next(iter(theirs.values()))))}
 
 
 def _machines(ours: Network, theirs: Network, asked: Asked, board: str) -> str:
@@ -374,7 +376,10 @@ def _failures(ours: Network, theirs: Network) -> Iterator[Pair]:
 def _done(network: Network, of: str, board: str, asked: Asked) -> bool:
     """Whether the network has what a record of this kind would say."""
     there = network.scores if of in ("eval", "decide") else [a for a, boards in network.times.items() if board in boards]
-    return any(not asked.policy or a._replace(fitted_on=asked.fitted_on) == asked for a in there)
+    if not asked.policy:
+        return bool(there)
+    # A failure of before December 2026 does not say its currency.
+    return any(a._replace(fitted_on=asked.fitted_on, currency=asked.currency and a.currency) == asked for a in there)
 
 
 def _names(network: Network) -> tuple[str, str, str]:

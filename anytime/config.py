@@ -101,6 +101,11 @@ class Experiment(Spec):
         labels = [policy.label for policy in self.policies]
         if twice := next((label for label in labels if labels.count(label) > 1), None):
             raise UsageError(f"experiment {self.name!r}: two policies are called {twice!r} in tables; name it once")
+        names = [board.name for board in self.boards]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(
+                f"experiment {self.name!r}: two boards are called {twice!r} in tables; give each an experiment of its own"
+            )
         if self.currency == "ms" and not self.boards:
             raise UsageError(f"experiment {self.name!r}: budgets in ms need a board to measure on; name one in boards")
 

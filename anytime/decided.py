@@ -19,7 +19,7 @@ REACHED = listed("nll_reached brier_reached ece_reached auroc_reached")
 JUDGED = listed(  # what only labels can tell
     "accuracy accuracy_lo accuracy_hi loss loss_lo loss_hi loss_upper static_loss static_loss_lo static_loss_hi static_loss_upper "
     "ece nll brier auroc overthinking harmful_flips helpful_flips regret regret_lo regret_hi recovered area gain gain_lo gain_hi "
-    "step_gain step_gain_lo step_gain_hi accuracy_at_macs accuracy_at_bops accuracy_at_ms"
+    "step_gain step_gain_lo step_gain_hi accuracy_at_macs accuracy_at_bops accuracy_at_ms board_accuracy"
 )
 
 

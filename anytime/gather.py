@@ -132,6 +132,9 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
     newest, made = record.newest(records), record.made(records)
     networks: dict[str, Network] = {}
     left_out: Counter[str] = Counter()
+    # Where a budget, a policy or a board came to mean something else, its fact has another name and its times stand in the same row.
+    by_time = sorted((r for r, _ in newest.values() if not odd(r) and _is_time(r)), key=lambda r: r.created)
+    timed_last = {_row_of(r): r.fact for r in by_time}
     defaults: dict[str, Row] = defaultdict(dict)
     for r, _ in records:
         if not odd(r):
@@ -151,14 +154,14 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
             )
             continue
         timed = r.kind in ("measure", "replay")
-        if timed and (r.facts.get("device") or {}).get("emulated") == "yes":
+        if timed and not _is_time(r):
             troubles.append(f"the {r.kind} record {path} is{LEFT_OUT}it is of an emulated board, whose times mean nothing")
             continue
         if record.is_stale(r, made):
             left_out["older than their network, which was made anew"] += 1
             continue
         last = newest[r.fact][0]
-        if timed and (last.kind != r.kind or _timed_on(last) != _timed_on(r)):
+        if timed and (last.kind != r.kind or timed_last.get(_row_of(r), r.fact) != r.fact or _timed_on(last) != _timed_on(r)):
             left_out["times of another machine, setting or engine version than the newest of the same"] += 1
             continue
         if newest[r.fact][1] != path and not timed:  # times of one machine are pooled
@@ -192,6 +195,17 @@ def gather(records: Sequence[tuple[Record, Path]], troubles: list[str]) -> list[
     name_variants(current)
     name_columns(current)
     return sorted(current, key=lambda n: (n.facts["position"], n.variant, key_of(n.spec)))
+
+
+def _is_time(r: Record) -> bool:
+    """Whether it holds times that mean something."""
+    return r.kind in ("measure", "replay") and (r.facts.get("device") or {}).get("emulated") != "yes"
+
+
+def _row_of(r: Record) -> str:
+    """Where its times stand in a table, whatever its fact is called."""
+    said = r.points[0] if r.points else {}
+    return key_of([r.cell, r.kind, r.board, *map(said.get, listed("policy_label budget currency arm"))])
 
 
 def _timed_on(r: Record) -> list[Any]:

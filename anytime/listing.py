@@ -12,6 +12,7 @@ from typing import Any
 
 from anytime.config import Experiment
 from anytime.facts import facts_of, state
+from anytime.forced import Forced
 from anytime.pace import estimate, seconds
 from anytime.progress import span
 from anytime.record import load, newest
@@ -47,7 +48,8 @@ class Listing:
 def listing(exp: Experiment, results: Path) -> Listing:
     """What ``exp`` asks for and what is there of it; nothing is run."""
     loaded = load(results / "records")
-    known = newest([item for item in loaded.records if item[0].exp == exp.name])
+    forced = Forced(results / "cache" / "forced" / f"{exp.name}.json")
+    known = newest(forced.without_old(item for item in loaded.records if item[0].exp == exp.name))
     took = seconds(r for r, _ in loaded.records)
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     left: list[float | None] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ class Reach(Spec):
         except Infeasible as error:
             raise Infeasible(
                 f"reach under {self.policy.label}: a budget of {self.budget:g} lies under the cheapest path; the least possible "
-                f"is {error.least / full:.4f} of the network's last exit",
+                f"is {ceil(1e4 * error.least / full) / 1e4:.4f} of the network's last exit",
                 error.least / full,
             ) from error
         return _reached(policy.leave(held), policy.uses(net.n_exits), net.n_exits, model.restarts, self.label)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -169,13 +170,9 @@ class Runner:
             again = [f for f in predicting if f.arm == "retrained" and f.suite == suite]
             for facts in (*(facts for facts in groups.values() if facts[0].suite == suite), again):
                 self._of_readable(suite.data, lambda facts=facts: self.predict_and_decide(facts))  # type: ignore[misc]
-            for board in self.exp.boards if suite.data not in self.unreadable else ():
+            for board in self.exp.boards:
                 mine = [f for f in todo if f.suite == suite and f.board == board]
-                self._measure(suite, board, [f for f in mine if f.of == "measure"])
-                for fact in mine:
-                    if fact.of == "decide":
-                        self._guarded(fact, self._decide)
-                self._replay(board, [f for f in mine if f.of == "replay"])
+                self._of_readable(suite.data, partial(self._on_board, suite, board, mine))
             self.shop.forget()
             self.decider.forget()
         if todo:
@@ -200,8 +197,16 @@ class Runner:
     def predict_and_decide(self, facts: Sequence[Fact]) -> None:
         """Facts of one trained network that need no board."""
         self.decider.forget()
-        for fact in facts:
+        # The reference first: an eval record says how far its network is from it.
+        for fact in sorted(facts, key=lambda f: f.cell.backend != self.exp.reference_backend):
             self._guarded(fact, self._eval if fact.of == "eval" else self._decide)
+
+    def _on_board(self, suite: Suite, board: Board, facts: Sequence[Fact]) -> None:
+        self._measure(suite, board, [f for f in facts if f.of == "measure"])
+        for fact in facts:
+            if fact.of == "decide":
+                self._guarded(fact, self._decide)
+        self._replay(board, [f for f in facts if f.of == "replay"])
 
     def _in_parallel(self, groups: list[list[Fact]], jobs: int) -> None:
         threads = max(1, torch.get_num_threads() // jobs)
@@ -408,7 +413,7 @@ class Runner:
             "versions": machine.versions(), "git": machine.commit(), "device": machine.facts(),
         }  # fmt: skip
         if kind in ("skip", "fail") and fact.policy is not None:
-            about |= {"policy_label": fact.policy.label, "budget": fact.budget, "arm": fact.arm}
+            about |= {"policy_label": fact.policy.label, "budget": fact.budget, "currency": self.exp.currency, "arm": fact.arm}
         if content := self._content(cell):
             about["content"] = content
         record = Record(

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anytime.__main__ import main
+
 ROOT = Path(__file__).parent.parent
 
 EXPERIMENT = """
@@ -353,3 +355,11 @@ def test_several_settings_in_one_word(ran):
 def test_a_terminal_without_our_signs_gets_question_marks(ran):
     code, out, error = anytime("report", "mine", cwd=ran, env={"PYTHONIOENCODING": "ascii"})
     assert code == 0 and "?" in out and "Traceback" not in error
+
+
+def test_an_experiment_s_path_may_hold_spaces(tmp_path, capsys):
+    (tmp_path / "my files").mkdir()
+    path = tmp_path / "my files" / "mine.py"
+    path.write_text("raise ValueError('read')\n")
+    assert main(["export", str(path), "FP32", "--to", str(tmp_path / "out")]) == 2
+    assert "ValueError: read; mend the experiment file" in capsys.readouterr().err

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from anytime.__main__ import main
-from anytime.compare import Pair, _apart, _differing, _judge, _spent_apart, _welch, as_json, as_markdown, compare, tolerances
+from anytime.compare import (
+    Pair,
+    _apart,
+    _boards,
+    _differing,
+    _judge,
+    _spent_apart,
+    _welch,
+    as_json,
+    as_markdown,
+    compare,
+    tolerances,
+)
 from anytime.errors import UsageError
 from anytime.metrics import Interval, paired_loss, wilson
 from tests.golden.make import EXP, Cell, Maker, N, first
@@ -350,3 +362,23 @@ def test_worse_one_way_is_better_the_other_way(ratio, allowed):
     if abs(abs(math.log(ratio)) - math.log(allowed)) > 1e-6 and ratio != 1:
         assert sorted(verdicts) in (["better", "worse"], ["within tolerance"] * 2)
         assert (verdicts[0] == "worse") == (ratio > allowed)
+
+
+def test_a_policy_that_can_no_longer_be_executed_is_worse(tmp_path):
+    for name in "ab":
+        cell = run(side(tmp_path, name))
+        if name == "a":
+            said = {"n": 40, "latency_ms_p50": 1.0, "latency_ms_mean": 1.0}
+            cell.record("replay", "replay", board="host", points=[{**cell.point, **said}])
+        else:
+            asked = {n: cell.point[n] for n in ("policy_label", "budget", "arm")}
+            cell.record("fail", "replay", asked, of="replay", board="host", reason="it burns")
+    (worse,) = (p for p in compared(tmp_path).pairs if p.verdict == "worse")
+    assert (worse.metric, worse.board, worse.b) == ("status of replay", "host", "fail: it burns")
+
+
+def test_what_a_board_says_is_compared_with_the_same_board():
+    ours, theirs = {"agx": "A on agx", "nx": "A on nx"}, {"nx": "B on nx"}
+    assert _boards("board_accuracy", ours, theirs) == {"nx": ("A on nx", "B on nx")}
+    assert _boards("int8_macs_share", ours, theirs) == {"": ("A on nx", "B on nx")}
+    assert _boards("accuracy", {"agx": "A"}, {"": "B"}) == {"": ("A", "B")}

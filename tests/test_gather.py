@@ -211,3 +211,27 @@ def test_two_folders_of_one_name_are_two_data_sets(tmp_path):
         fields(Cell(to, position, "B-LeNet", f"FP32 {path}", "FP32", "torch"), "data", path=path).eval([first(8), first(4)])
     rows = report.rows(to.folder.parent, EXP)
     assert set(rows["dataset"]) == {"Toy, path=/a/photos", "Toy, path=/b/photos"} and set(rows["variant"]) == {""}
+
+
+def test_times_of_what_came_to_mean_something_else_are_not_pooled(tmp_path):
+    to = Maker(tmp_path / "records")
+    cell = Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch").eval([first(8), first(4)]).decide(20)
+    for fact, threads, ms in (("old", "4", 1.0), ("new", "1", 3.0)):
+        said, device = {"n": 40, "latency_ms_p50": ms, "latency_ms_mean": ms}, {"cpu": "Toy CPU", "threads": threads}
+        cell.record("measure", f"measure-{fact}", {"device": device}, board="host", exits=[{"exit": 0, **said}])
+        cell.record("replay", f"replay-{fact}", {"device": {"cpu": "Toy CPU"}}, board="host", points=[{**cell.point, **said}])
+    rows = report.rows(to.folder.parent, EXP)
+    timed = rows[rows["board"] == "host"]
+    assert list(timed["latency_ms_mean"]) == [3.0, 3.0] and list(timed["n_sessions"]) == [1, 1]
+
+
+def test_an_engine_of_the_board_s_own_shows_no_accuracy_of_what_nobody_trained(tmp_path):
+    to = Maker(tmp_path / "records")
+    cell = Cell(to, 0, "B-LeNet", "FP32", "FP32", "torch")
+    cell.facts["unjudged"] = "latency and fidelity only"
+    cell.eval([first(8), first(4)])
+    exits = [{"exit": k, "n": 40, "latency_ms_p50": 1.0, "board_accuracy": 0.1, "board_agreement": 0.9} for k in range(2)]
+    cell.record("measure", "measure", board="nx", exits=exits)
+    rows = report.rows(to.folder.parent, EXP)
+    assert rows["board_accuracy"].isna().all() and list(rows["board_agreement"]) == [0.9, 0.9]
+    assert "accuracy on the board" not in report.show(rows, "md")

@@ -45,7 +45,7 @@ MAY = {  # room -> rooms that it may import; errors may be imported by every one
     "machine forced workers",
     "zoo": "machine spec record files config facts weights workshop",
     "pace": "record facts",
-    "listing": "spec record config facts pace progress",
+    "listing": "spec record config facts forced pace progress",
     "stopwatch": "metrics policy backend cpu execute",
     "execute": "metrics policy", "bundle": "metrics stops policy policies engine execute cpu", "onnx_if": "",
     "cells": "spec config facts find backends models",

@@ -4,6 +4,7 @@ import base64
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,12 +35,14 @@ from anytime.cells import only
 from anytime.config import ARMS, Experiment, Suite
 from anytime.datasets.npz import Npz
 from anytime.datasets.synthetic import Synthetic
-from anytime.errors import AnytimeError, DataError, Unreachable, Unsupported, UsageError
+from anytime.errors import AnytimeError, DataError, Infeasible, Unreachable, Unsupported, UsageError
 from anytime.facts import facts_of
 from anytime.gather import gather
-from anytime.metrics import nll
+from anytime.listing import listing
+from anytime.metrics import Predictions, nll
 from anytime.models.attached import Attached
 from anytime.models.static import Static
+from anytime.page.pictures import keep
 from anytime.policies.confidence import Entropy, MaxProb
 from anytime.policies.patience import Patience
 from anytime.record import load
@@ -825,3 +829,59 @@ def test_overridden_recipes_make_other_cells():
     a = [f.name for f in facts_of(experiment())]
     b = [f.name for f in facts_of(experiment(recipe=replace(experiment().recipe, epochs=3)))]
     assert not set(a) & set(b)
+
+
+def test_two_boards_of_one_name_are_refused():
+    with pytest.raises(UsageError, match="two boards are called 'host'"):
+        experiment(boards=(Host(), Host(threads=4)))
+
+
+def test_what_cannot_be_read_stops_neither_the_others_times_nor_their_pictures(tmp_path, monkeypatch):
+    x, y = np.zeros((400, 3, 16, 16), np.uint8), np.arange(400) % 4
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
+    bad = Suite(Npz(str(tmp_path / "d.npz"), calib=32, tune=32, val=64, hold=32), (Tiny(),))
+    good = Suite(experiment().suites[0].data, (Tiny(),))
+    exp = experiment(suites=(bad, good), recipe=Recipe(epochs=0), backends=(Float32(),), budgets=(1.0,), boards=())
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    (tmp_path / "d.npz").unlink()
+    workshop._loaded.cache_clear()
+    asked = []
+    monkeypatch.setattr(Runner, "_timeable", lambda self, f: bool(self.shop.net(f.cell)) and asked.append(f.suite))
+    with pytest.raises(DataError):
+        Runner(replace(exp, boards=(Host(),)), tmp_path, log=lambda line: None).run()
+    assert asked == [good] and len(keep(exp, tmp_path)) == 1
+
+
+def test_how_far_a_network_is_from_its_reference_does_not_hang_on_their_order(tmp_path):
+    exp = experiment(backends=(PTQ(), Float32()), reference=Float32(), recipe=Recipe(epochs=0), policies=(), boards=())
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    assert all(("max_error" in r.exits[0]) != r.facts["reference"] for r in records(tmp_path, "eval"))
+
+
+def test_what_is_being_made_again_is_listed_as_to_do(tmp_path):
+    exp = experiment(backends=(Float32(),), recipe=Recipe(epochs=0), policies=(), boards=())
+    Runner(exp, tmp_path, log=lambda line: None).run()
+    Runner(exp, tmp_path, log=lambda line: None).forget()
+    todo = len(Runner(exp, tmp_path, log=lambda line: None).todo())
+    assert listing(exp, tmp_path).total["todo"] == todo > 0
+
+
+def test_the_least_budget_that_is_named_can_be_had(monkeypatch):
+    class Costs:
+        """B-AlexNet's: the least share, 0.569148, would be rounded down."""
+
+        def path(self, uses, exit):
+            return (17339392.0, 30465536.0)[exit]
+
+    monkeypatch.setattr("anytime.arms.key", str)
+    decider = Decider.__new__(Decider)
+    decider.exp, decider.fits = SimpleNamespace(currency="macs"), {}
+    val = Predictions(np.zeros((2, 4, 2)), np.zeros(4, int), "val")
+    decider.currency, decider.said = lambda f, c: (Costs(), 30465536.0), lambda f, c: {"val": val}
+
+    def fit(budget):
+        return decider._fit(SimpleNamespace(policy=MaxProb(), budget=budget, board=None), "cell")
+
+    with pytest.raises(Infeasible) as error:
+        fit(0.5)
+    assert fit(float(re.search(r"possible is ([\d.]+)", str(error.value))[1]))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anytime import record
-from anytime.errors import WriteError
+from anytime.errors import DataError, WriteError
 from anytime.gather import gather
 from anytime.page.data import decided, digest_of, groups
 
@@ -81,7 +81,10 @@ def keep(exp: Experiment, results: Path) -> list[Path]:
         name for name, indices in wanted.items() if not {str(i) for i in indices} <= pictures.kept_of(name)["images"].keys()
     }
     for suite in exp.suites if lacking else ():
-        data = suite.data.load(exp.seeds[0])
+        try:
+            data = suite.data.load(exp.seeds[0])
+        except DataError:
+            continue  # the page says that pictures are not kept
         name = digest_of(np.asarray(data.test.y))
         if name in lacking and data.test.x.ndim == 4:
             p = data.preprocessing
