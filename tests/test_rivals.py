@@ -78,8 +78,8 @@ def test_only_what_runs_in_the_same_way_counts_and_only_refitted_policies_are_to
         other = network(tmp_path, "static", EXIT, 950, a=0.5)
         other.facts[field] = "another"
         assert beside(tmp_path, other, a=1.0) == {}
+    other = network(tmp_path, "static", EXIT, 950, a=0.5)
     other.spec["data"] = "another"
-    other.facts["execution"] = "engine"
     assert beside(tmp_path, other, a=1.0) == {} and beside(tmp_path, static) == {}
     policy = network(tmp_path, "policy", POLICY, 900, a=1.0)
     kept = POLICY._replace(arm="kept")
