@@ -79,7 +79,10 @@ class Asked(NamedTuple):
 
 @dataclass
 class Network:
-    """What is known of one cell, its training seeds folded. ``spec``: what is not by default; ``full_spec``: all of it."""
+    """What is known of one cell, its training seeds folded. ``spec``: what is not by default; ``full_spec``: all of it.
+
+    ``place``, ``family`` and ``model`` are asked for a million times in a large table: made once, when all is gathered.
+    """
 
     spec: Row
     full_spec: Row = field(default_factory=dict)
