@@ -10,7 +10,7 @@ calibrated alike and allowed the same expected BOPs: W4A4's on SDN ResNet-56, th
 first layer keeps 8 bits; rounded to nearest, and by QDrop. Policies are fitted on val after compression. What each field gives
 stands in the table under "One field more".
 
-It gave: calibration on what reaches a stage changes nothing beyond the noise, -0.24 to +0.16 points over all exits and budgets.
+It gave: calibration on what reaches a stage changes nothing beyond the noise, -0.22 to +0.16 points over all exits and budgets.
 Bits by reach: SDN ResNet-56 at 0.6 has 90.98 % where the plain choice has 90.52 (the difference 0.46 [0.12, 0.80]), uniform
 W4A4 90.63; B-AlexNet 77.88 and 77.65 (0.23 [-0.05, 0.51]). Learned rounding gives more than both, and nothing is left for the bits:
 uniform W4A4 by QDrop has 91.58, bits by reach and QDrop 91.46, the plain choice and QDrop 91.59; B-AlexNet 79.15 and 79.07.
