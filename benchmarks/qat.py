@@ -71,7 +71,7 @@ def pt2e(model, x):
         get_default_x86_inductor_quantization_config,
     )
 
-    chain = own_relus(traced(model))
+    chain = own_relus(traced(model, fold_bn=False))
     flat = nn.Sequential(*chain.stages, *chain.heads).train()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(is_qat=True))
     return move_exported_model_to_train(prepare_qat_pt2e(torch.export.export(flat, (x,)).module(), quantizer))

@@ -569,4 +569,5 @@ def test_a_shape_asked_first_and_used_last():
     for unit in ("layer", "block"):
         chain, x = traced(AnytimeModel([V()], [nn.Linear(48, 3)])), torch.randn(150, 3, 4, 4)
         net = prepared(chain, x, Widths(4, 8), "u8s8", "minmax", "minmax")
-        reconstruct(net, chain, x, Reconstruction(unit=unit, drop=0.5, iterations=2), 0)
+        done = reconstruct(net, chain, x, Reconstruction(unit=unit, drop=0.5, iterations=2), 0)
+        assert sum(len(u.layers) for u in done) == 9 and net.model(x).isfinite().all()
