@@ -48,7 +48,7 @@ def test_the_plain_form(target):
     uniform = {path: Bits(8, 8) if path in EDGES else Bits(4, 4) for path in net.bits}
     assert share(net) <= share(TorchNet(net.twin, uniform, True)) + 1e-9  # uniform W4A4 keeps the bound too
     (bound,), (predicted, measured) = numbers(net.facts["bound"]), numbers(net.facts["distortion"])
-    assert predicted <= bound * (1 + 1e-5) and 0.2 < measured / predicted < 5
+    assert measured <= bound and 0.2 < measured / predicted < 5
     if target == "u8s8":  # of what is rounded: where heads stay in float, share counts these too
         assert numbers(net.facts["bops_of_w8a8"])[:1] == [pytest.approx(share(net), abs=1e-4)]
     assert numbers(net.facts["gap"]) == [0]
@@ -155,13 +155,13 @@ def test_rounding_is_learned_once_the_bits_are_chosen():
 
 
 def test_what_was_learned_is_kept_for_those_bits(tmp_path, monkeypatch):
-    x, kept, search = data().test.x[:20].numpy(), replace(trainer(), folder=tmp_path), MixedPrecision._search
+    x, kept, search = data().test.x[:20].numpy(), replace(trainer(), folder=tmp_path), MixedPrecision._truest
     first = LEARNED.compress(trained(), data().calib, kept)
     with monkeypatch.context() as m:
         m.setattr("anytime.rounding.reconstruct", None)
         assert (LEARNED.compress(trained(), data().calib, kept).predict(x) == first.predict(x)).all()
     # On another machine the search may end elsewhere: what was learned for these bits would be nonsense there.
-    monkeypatch.setattr(MixedPrecision, "_search", lambda self, *args: search(replace(self, bops=0.8), *args))
+    monkeypatch.setattr(MixedPrecision, "_truest", lambda self, chosen, counted, bops: search(self, chosen, counted, 0.8))
     other = LEARNED.compress(trained(), data().calib, kept)
     assert other.bits != first.bits
     assert len(list(tmp_path.glob("*/weights.safetensors"))) == 2

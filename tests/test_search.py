@@ -108,6 +108,23 @@ def two_layers(of_a=1.0, of_b=1.0, same_tensor=False):
     return Choices({"a": of_a, "b": of_b}, sources, {"a": weight, "b": weight}, {t: exact for t in set(sources.values())})
 
 
+@settings(max_examples=30)
+@given(small_choices(), st.randoms(use_true_random=False), st.floats(0.2, 5))
+def test_a_measured_bound_is_kept_however_wrong_the_prediction(c, rng, scale):
+    """Never more expensive than bits that keep it already; where all predictions err alike, as cheap as with right ones."""
+    everything = list(every_allocation(c))
+    kept, kept_cost, predicted = rng.choice(everything)
+    errs = {tuple(sorted(bits.items())): rng.uniform(0.3, 3) for bits, *_ in everything}
+
+    def wrong(bits):
+        return c.distortion(bits) * errs[tuple(sorted(bits.items()))]
+
+    got = c.cheapest_measured(wrong(kept), kept, wrong)
+    assert wrong(got.bits) <= wrong(kept) and got.cost <= kept_cost * (1 + 1e-9)
+    even = c.cheapest_measured(scale * predicted, kept, lambda bits: scale * c.distortion(bits))
+    assert even.cost <= c.cheapest(predicted).cost * (1 + 1e-6)
+
+
 def test_what_fewer_samples_reach_keeps_more_bits():
     # One of two equal layers may take 4 bits. All samples run a, a quarter b: 4 * 8 + 8 * 8 / 4 = 48 against 72.
     got = two_layers(1.0, 0.25).cheapest(1.0)

@@ -19,6 +19,8 @@ from anytime.quant.graph import Quantized
 from anytime.quant.trace import links
 
 BISECTIONS = 16
+TRIALS = 8  # allocations that are measured
+WIDER = 1.5  # what a predicted limit that was kept is multiplied by, until one is not
 MOST_NODES = 10_000  # of the solver's tree; then the best that was found is taken, with its gap
 
 Sensitivities = dict[tuple[str, int], Floats]  # (layer or tensor, bits) -> distortion of every exit [E]
@@ -30,7 +32,7 @@ class Allocation(NamedTuple):
     bits: dict[str, Bits]
     distortion: float  # predicted
     cost: float
-    gap: float  # how far, relatively, the proven bound lies from what was found; 0 is the optimum
+    gap: float  # how far, relatively, the proven bound lies from what was found; 0 is the optimum, NaN what nobody solved for
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,25 @@ class Choices:
         if not distortion >= least:  # not "<": NaN must not pass
             raise _infeasible("distortion", distortion, least)
         return self._solve(minimise_cost=True, limit=distortion - self.rest)
+
+    def cheapest_measured(self, distortion: float, kept: BitMap, measured: Callable[[BitMap], float]) -> Allocation:
+        """The least cost found whose ``measured`` distortion is at most ``distortion``; ``kept``: bits that are known to keep it.
+
+        The program is solved under limits of what it predicts: first its prediction of ``kept``, then wider ones until one is
+        too wide, then between the two, ``TRIALS`` in all.
+        """
+        best = Allocation(dict(kept), self.distortion(kept), self.cost(kept), float("nan"))
+        low, high, limit = self.least_distortion, None, best.distortion
+        for _ in range(TRIALS):
+            trial = self.cheapest(limit)
+            if measured(trial.bits) <= distortion:
+                low, best = limit, min(best, trial, key=lambda a: a.cost)
+                if trial.cost <= self.least_cost:
+                    break
+            else:
+                high = limit
+            limit = low * WIDER if high is None else (low + high) / 2
+        return best
 
     def truest(self, cost: float, by: Choices | None = None) -> Allocation:
         """The least distortion at no more than this cost, to one in a million. Infeasible under the least possible.
