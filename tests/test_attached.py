@@ -395,14 +395,16 @@ def test_exits_on_channels_that_come_last_are_quantized(at):
         (convnext, "features.1", ""),
     ],
 )
-def test_what_has_no_integers_or_no_onnx_is_said_by_its_name(factory, at, no_integers):
+def test_what_has_no_integers_is_said_by_its_name_and_runs_in_floats(factory, at, no_integers):
     shape = (1 if factory is Rows else 3, 32, 32)
     model, x = attached(factory, at).build(shape, 10).eval(), torch.randn(4, *shape)
     if no_integers:
         with pytest.raises(Unsupported, match=no_integers):
             prepared(model, x, Widths(8, 8), "u8s8", "minmax", "minmax")
-    with pytest.raises(Unsupported, match="no ONNX form is known for"):
-        OnnxChain(traced(model), shape, True).write(Segment(0, 1, 0))
+    session = session_of(OnnxChain(traced(model), shape, True).write(Segment(0, 1, 0)))
+    with torch.inference_mode():
+        want = model(x)[0].numpy()
+    assert np.allclose(session.run(["logits"], {"x": x.numpy()})[0], want, atol=1e-5)
 
 
 def test_exits_on_features():

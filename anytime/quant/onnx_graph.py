@@ -1,7 +1,7 @@
 """Links of a chain as ONNX graphs, with Q/DQ where the chain carries quantizers.
 
 One static graph per segment. Nodes bear their layer's path ("stages.0.0"), so a profile or a viewer reads
-like the network. Opset 13 and IR 7 load on every board that we know.
+like the network.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
-from anytime.errors import Unsupported
 from anytime.model import AnytimeModel, Segment
 from anytime.quant import onnx_ops
 from anytime.quant.channelwise import channelwise
 from anytime.quant.fake import FakeQuant
-from anytime.quant.nodes import PASS_CALLS, PASS_METHODS, PASS_MODULES
-from anytime.quant.onnx_writer import Q, Value, Writer, integer_type
-
-OPSET, IR = 13, 7
+from anytime.quant.nodes import passes
+from anytime.quant.onnx_torch import BATCHES, exported, is_tensor
+from anytime.quant.onnx_writer import IR, OPSET, Q, Value, Writer, integer_type
 
 
 class OnnxChain:
@@ -39,16 +37,16 @@ class OnnxChain:
     def __init__(self, model: AnytimeModel, input_shape: tuple[int, ...], int_bias: bool, channels_last: bool = False) -> None:
         self.model, self.int_bias, self.channels_last = model, int_bias, channels_last
         # states[k] is what enters stage k: (shape without batch, its FakeQuant or None), nested as the state is.
-        x = torch.zeros(1, *input_shape)
-        state: Any = x
+        x = [torch.zeros(batch, *input_shape) for batch in BATCHES]
+        states: Any = x
         quant: Any = None
-        self.states = [_describe(x, None)]
+        self.states = [_describe(x[0], None)]
         with torch.inference_mode():
             for stage, head in zip(model.stages, model.heads, strict=True):
                 assert isinstance(stage, fx.GraphModule) and isinstance(head, fx.GraphModule)
-                state, quant = ShapeProp(stage).propagate(x if model.restarts else state), _out_quant(stage, quant)
-                self.states.append(_describe(state, quant))
-                self.n_classes = ShapeProp(head).propagate(state).shape[-1]
+                states, quant = _propagate(stage, x if model.restarts else states), _out_quant(stage, quant)
+                self.states.append(_describe(states[0], quant))
+                self.n_classes = _propagate(head, states)[0].shape[-1]
 
     def write(self, segment: Segment) -> onnx.ModelProto:
         """The graph of one segment.
@@ -70,7 +68,9 @@ class OnnxChain:
             outputs.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", self.n_classes]))
         if stop > first and (head is None or (stop < self.model.n_exits and not restarts)):
             outputs += _leave(w, value, self.states[stop], self.channels_last)
-        graph = helper.make_graph(w.nodes, _title(segment), inputs, outputs, list(w.initializers.values()))
+        read = {name for node in w.nodes for name in node.input}
+        constants = [tensor for name, tensor in w.initializers.items() if name in read]
+        graph = helper.make_graph(w.nodes, _title(segment), inputs, outputs, constants)
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="anytime")
         proto.ir_version = IR
         onnx.checker.check_model(proto)
@@ -80,6 +80,17 @@ class OnnxChain:
 def _title(segment: Segment) -> str:
     stages = "" if segment.stop == segment.first else f"stages {segment.first + 1} to {segment.stop}"
     return ", ".join(filter(None, [stages, "" if segment.head is None else f"head {segment.head + 1}"]))
+
+
+def _propagate(link: fx.GraphModule, states: list[Any]) -> list[Any]:
+    """What a link makes of states of BATCHES samples; each of its nodes that makes tensors notes its shapes, None for several."""
+    out = []
+    for batch, state in zip(BATCHES, states, strict=True):
+        out.append(ShapeProp(link).propagate(state))
+        for node in link.graph.nodes:
+            if (said := node.meta.get("tensor_meta")) is not None:
+                node.meta.setdefault("shapes", {})[batch] = tuple(said.shape) if isinstance(said, TensorMetadata) else None
+    return out
 
 
 def _describe(state: Any, quant: Any) -> Any:
@@ -105,13 +116,9 @@ def _out_quant(stage: fx.GraphModule, entering: Any) -> Any:
         module = stage.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, FakeQuant):
             return module
-        return of(node.args[0]) if _moves(node, module) else None
+        return of(node.args[0]) if passes(stage, node) else None
 
     return of(stage.graph.output_node().args[0])
-
-
-def _moves(node: fx.Node, module: nn.Module | None) -> bool:
-    return isinstance(module, PASS_MODULES) or node.target in PASS_CALLS + PASS_METHODS
 
 
 def _enter(w: Writer, described: Any, name: str, channels_last: bool) -> tuple[list[onnx.ValueInfoProto], Any]:
@@ -153,7 +160,9 @@ def _link(w: Writer, link: nn.Module, path: str, value: Any, int_bias: bool) -> 
     def get(arg: Any) -> Any:
         if isinstance(arg, tuple | list):
             return [get(a) for a in arg]
-        return values[arg] if isinstance(arg, fx.Node) else arg
+        if isinstance(arg, fx.Node) and arg.op == "get_attr":
+            return Value(w.constant(f"{path}.{arg.name}", _attribute(link, str(arg.target)).detach().numpy()))
+        return values.get(arg) if isinstance(arg, fx.Node) else arg
 
     for node in link.graph.nodes:
         name = f"{path}.{node.target if node.op == 'call_module' else node.name}"
@@ -162,31 +171,21 @@ def _link(w: Writer, link: nn.Module, path: str, value: Any, int_bias: bool) -> 
         elif node.op == "output":
             out = node.args[0]
             return tuple(get(n) for n in out) if isinstance(out, tuple | list) else get(out)
-        elif node.op == "get_attr":
-            values[node] = Value(w.constant(name, _attribute(link, node.target).detach().numpy()))
-        elif node.op == "call_function" and node.target is getitem:
-            held = get(node.args[0])
-            if isinstance(held, Value):
-                raise Unsupported(f"{name}: a part of a tensor cut out by indices has no ONNX form here; use chunk or split")
-            values[node] = held[node.args[1]]
+        elif node.op == "get_attr" or not is_tensor(node):
+            continue  # parameters, numbers, and what is asserted of them: whoever reads them takes them along
+        elif node.op == "call_function" and node.target is getitem and not isinstance(get(node.args[0]), Value):
+            values[node] = get(node.args[0])[node.args[1]]
         elif node.op == "call_module":
             module, given = link.get_submodule(node.target), get(node.args[0])
-            if isinstance(module, nn.Linear) and len(_shape(node.args[0])) != 2:
-                raise Unsupported(
-                    f"{name}: a linear layer over more than one axis of a sample has no ONNX form here; flatten before it"
-                )
-            if int_bias and given.q is not None:
-                module = channelwise(module, given.q.quant, _shape(node.args[0])[1])
-            used = sum(n.op == "call_module" and n.target == node.target for n in link.graph.nodes)
-            values[node] = onnx_ops.module(w, module, name if used == 1 else f"{path}.{node.name}", given, int_bias)
+            once = sum(n.op == "call_module" and n.target == node.target for n in link.graph.nodes) == 1
+            name = name if once else f"{path}.{node.name}"
+            if int_bias and isinstance(given, Value) and given.q is not None:
+                module = channelwise(module, given.q.quant, node.args[0].meta["shapes"][BATCHES[0]][1])
+            values[node] = onnx_ops.module(w, module, node, name, given, int_bias) or exported(w, link, node, name, values)
         else:
-            values[node] = onnx_ops.call(w, node, name, [get(a) for a in node.args], {k: get(v) for k, v in node.kwargs.items()})
+            made = onnx_ops.call(w, node, name, [get(a) for a in node.args], {k: get(v) for k, v in node.kwargs.items()})
+            values[node] = made or exported(w, link, node, name, values)
     raise AssertionError("a graph without an output")
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    """Shape of what a node makes, with its batch, as OnnxChain noted it."""
-    return tuple(node.meta["tensor_meta"].shape)
 
 
 def _attribute(root: nn.Module, target: str) -> Tensor:

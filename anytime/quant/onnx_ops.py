@@ -1,4 +1,4 @@
-"""What torch's modules and functions become in ONNX."""
+"""What torch's modules and functions become in ONNX: those for which integers matter. What has no form here is onnx_torch's."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ from anytime.errors import Unsupported
 from anytime.layers import MixedPool2d, ZeroPadShortcut
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear
 from anytime.quant.nodes import PASS_MODULES
+from anytime.quant.onnx_torch import BATCHES, batch_axes, is_tensor
 from anytime.quant.onnx_writer import Value, Writer
 
 
-def module(w: Writer, m: nn.Module, name: str, x: Value, int_bias: bool) -> Value:
-    """What a module makes of x; Unsupported, by its name, where it has no ONNX form."""
+def module(w: Writer, m: nn.Module, node: fx.Node, name: str, x: Value, int_bias: bool) -> Value | None:
+    """What a module makes of x; None where it has no form here."""
     if isinstance(m, FakeQuant):
         return w.quantize(x.name, m, name)
     if isinstance(m, ZeroPadShortcut):
         return _zero_pad(w, m, name, x, int_bias)
+    if isinstance(m, nn.Linear) and len(shape := shape_of(node)) != 2:
+        if shape.count(-1) > 1:
+            return None
+        rows = reshape(w, x, [-1, m.in_features], f"{name}/rows")
+        return reshape(w, Value(_linear(w, m, name, rows, int_bias)), shape, f"{name}/axes")
     for kind, emit in EMIT.items():
-        if isinstance(m, kind):
-            return (
-                _keep(w, emit(w, m, name, x, int_bias), x, name)
-                if isinstance(m, PASS_MODULES)
-                else Value(emit(w, m, name, x, int_bias))
-            )
-    raise Unsupported(f"{name}: no ONNX form is known for {type(m).__name__}")
+        if isinstance(m, kind) and (out := emit(w, m, name, x, int_bias)):
+            return w.keep(out, x, name) if isinstance(m, PASS_MODULES) else Value(out)
+    return None
 
 
-def _keep(w: Writer, out: str, x: Value, name: str) -> Value:
-    """What only moves values stays in integers: the same grid behind it, so that an engine runs it between Q and DQ."""
-    if x.q is None or out == x.name:
-        return Value(out, x.q)
-    return w.dequantize(x.q._replace(integers=w.op("QuantizeLinear", [out, x.q.scale, x.q.zero_point], f"{name}/Q")), name)
+def shape_of(node: fx.Node) -> list[int]:
+    """Shape of what a node makes, -1 for what grows with the batch."""
+    return [-1 if axis in batch_axes(node) else size for axis, size in enumerate(node.meta["shapes"][BATCHES[0]])]
+
+
+def reshape(w: Writer, x: Value, shape: list[int], name: str) -> Value:
+    """The values of x in another shape, on its grid."""
+    return w.keep(w.op("Reshape", [x.name, w.constant(f"{name}/shape", np.array(shape, np.int64))], name), x, name)
 
 
 def _weight(w: Writer, m: QConv2d | QLinear | nn.Conv2d | nn.Linear, name: str, x: Value, int_bias: bool) -> list[str]:
@@ -72,14 +77,17 @@ def _weight(w: Writer, m: QConv2d | QLinear | nn.Conv2d | nn.Linear, name: str, 
     return names
 
 
-def _conv(w: Writer, m: nn.Conv2d, name: str, x: Value, int_bias: bool) -> str:
-    if isinstance(m.padding, str) or m.padding_mode != "zeros":
-        raise Unsupported(
-            f"{name}: padding {m.padding!r} with mode {m.padding_mode!r} has no ONNX form here; use zeros and numbers"
-        )
+def _conv(w: Writer, m: nn.Conv2d, name: str, x: Value, int_bias: bool) -> str | None:
+    if m.padding_mode != "zeros":
+        return None
+    if m.padding == "same":  # an odd one goes behind
+        whole = [dilation * (size - 1) for dilation, size in zip(m.dilation, m.kernel_size, strict=True)]
+        pads = [n // 2 for n in whole] + [n - n // 2 for n in whole]
+    else:
+        pads = [0] * 4 if m.padding == "valid" else [int(n) for n in m.padding] * 2
     return w.op(
         "Conv", [x.name, *_weight(w, m, name, x, int_bias)], name, kernel_shape=list(m.kernel_size), strides=list(m.stride),
-        pads=list(m.padding) * 2, dilations=list(m.dilation), group=m.groups,
+        pads=pads, dilations=list(m.dilation), group=m.groups,
     )  # fmt: skip
 
 
@@ -91,35 +99,28 @@ def _pair(v: Any) -> list[int]:
     return list(v) if isinstance(v, tuple | list) else [v, v]
 
 
-def _max_pool(w: Writer, m: nn.MaxPool2d, name: str, x: Value, _: bool) -> str:
+def _max_pool(w: Writer, m: nn.MaxPool2d, name: str, x: Value, _: bool) -> str | None:
     sides = zip(*(_pair(v) for v in (m.kernel_size, m.stride, m.padding, m.dilation)), strict=True)
     # No window starts in the padding behind the map, whatever its size, if what it spans reaches from there to the last start.
     if m.ceil_mode and any(stride + pad > dilation * (size - 1) + 1 for size, stride, pad, dilation in sides):
-        raise Unsupported(
-            f"{name}: MaxPool2d with ceil_mode whose last window may start in the padding differs between torch and ONNX; "
-            "write it without, or with a larger window"
-        )
+        return None
     return w.op(
         "MaxPool", [x.name], name, kernel_shape=_pair(m.kernel_size), strides=_pair(m.stride), pads=_pair(m.padding) * 2,
         dilations=_pair(m.dilation), ceil_mode=int(m.ceil_mode),
     )  # fmt: skip
 
 
-def _avg_pool(w: Writer, m: nn.AvgPool2d, name: str, x: Value, _: bool) -> str:
+def _avg_pool(w: Writer, m: nn.AvgPool2d, name: str, x: Value, _: bool) -> str | None:
     if m.ceil_mode or m.divisor_override:
-        raise Unsupported(
-            f"{name}: AvgPool2d with ceil_mode or divisor_override differs between torch and ONNX; write it without"
-        )
+        return None
     return w.op(
         "AveragePool", [x.name], name, kernel_shape=_pair(m.kernel_size), strides=_pair(m.stride), pads=_pair(m.padding) * 2,
         count_include_pad=int(m.count_include_pad),
     )  # fmt: skip
 
 
-def _adaptive_pool(w: Writer, m: nn.AdaptiveAvgPool2d, name: str, x: Value, _: bool) -> str:
-    if _pair(m.output_size) != [1, 1]:
-        raise Unsupported(f"{name}: AdaptiveAvgPool2d to {m.output_size} has no ONNX form; use 1x1 or AvgPool2d")
-    return w.op("GlobalAveragePool", [x.name], name)
+def _adaptive_pool(w: Writer, m: nn.AdaptiveAvgPool2d, name: str, x: Value, _: bool) -> str | None:
+    return w.op("GlobalAveragePool", [x.name], name) if _pair(m.output_size) == [1, 1] else None
 
 
 def _batch_norm(w: Writer, m: nn.BatchNorm2d, name: str, x: Value, _: bool) -> str:
@@ -131,16 +132,12 @@ def _batch_norm(w: Writer, m: nn.BatchNorm2d, name: str, x: Value, _: bool) -> s
     return w.op("BatchNormalization", [x.name, *names], name, epsilon=m.eps)
 
 
-def _flatten(w: Writer, m: nn.Flatten, name: str, x: Value, _: bool) -> str:
-    if (m.start_dim, m.end_dim) != (1, -1):
-        raise Unsupported(f"{name}: Flatten({m.start_dim}, {m.end_dim}) has no ONNX form here; flatten from 1 to the end")
-    return w.op("Flatten", [x.name], name, axis=1)
+def _flatten(w: Writer, m: nn.Flatten, name: str, x: Value, _: bool) -> str | None:
+    return w.op("Flatten", [x.name], name, axis=1) if (m.start_dim, m.end_dim) == (1, -1) else None
 
 
-def _lrn(w: Writer, m: nn.LocalResponseNorm, name: str, x: Value, _: bool) -> str:
-    if m.size % 2 == 0:
-        raise Unsupported(f"{name}: LocalResponseNorm over {m.size} channels has no ONNX form; use an odd number")
-    return w.op("LRN", [x.name], name, size=m.size, alpha=m.alpha, beta=m.beta, bias=m.k)
+def _lrn(w: Writer, m: nn.LocalResponseNorm, name: str, x: Value, _: bool) -> str | None:
+    return w.op("LRN", [x.name], name, size=m.size, alpha=m.alpha, beta=m.beta, bias=m.k) if m.size % 2 else None
 
 
 def _zero_pad(w: Writer, m: ZeroPadShortcut, name: str, x: Value, int_bias: bool) -> Value:
@@ -155,7 +152,7 @@ def _zero_pad(w: Writer, m: ZeroPadShortcut, name: str, x: Value, int_bias: bool
     pads = w.constant(f"{name}/pads", np.array([0, m.front, 0, 0, 0, m.back, 0, 0], np.int64))
     if whole:
         return w.dequantize(whole._replace(integers=w.op("Pad", [out, pads, whole.zero_point], name)), name)
-    return _keep(w, w.op("Pad", [out, pads], name), x, name)
+    return w.keep(w.op("Pad", [out, pads], name), x, name)
 
 
 def _mixed_pool(w: Writer, m: MixedPool2d, name: str, x: Value, _: bool) -> str:
@@ -177,7 +174,8 @@ def _simple(kind: str) -> Callable[..., str]:
     return lambda w, m, name, x, _: w.op(kind, [x.name], name)
 
 
-EMIT: dict[type[nn.Module], Callable[[Writer, Any, str, Value, bool], str]] = {
+# Each adds nodes and answers the name of what they make; None where this module, as it is set, has no form here.
+EMIT: dict[type[nn.Module], Callable[[Writer, Any, str, Value, bool], str | None]] = {
     nn.Conv2d: _conv,
     nn.Linear: _linear,
     nn.BatchNorm2d: _batch_norm,
@@ -194,28 +192,29 @@ EMIT: dict[type[nn.Module], Callable[[Writer, Any, str, Value, bool], str]] = {
     nn.Dropout: lambda w, m, name, x, _: x.name,
     nn.Identity: lambda w, m, name, x, _: x.name,
 }
+RESHAPES = (torch.flatten, torch.reshape, "flatten", "reshape", "view", "unflatten")
 
 
-def call(w: Writer, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def call(w: Writer, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Value | None:
     """What a function or a method of a tensor makes of its arguments, as ``module`` does."""
     target = node.target
-    if target in (add, torch.add, "add"):
-        if kwargs.get("alpha", 1) != 1:
-            raise Unsupported(f"{name}: an addition with alpha={kwargs['alpha']} has no ONNX form here; multiply before you add")
+    if target in RESHAPES and shape_of(node).count(-1) == 1:
+        if target in (torch.flatten, "flatten") and len(shape_of(node)) == 2:
+            return w.keep(w.op("Flatten", [args[0].name], name, axis=1), args[0], name)
+        return reshape(w, args[0], shape_of(node), name)
+    if not all(map(is_tensor, node.all_input_nodes)):  # it reads numbers too, which are made of shapes
+        return None
+    if target in (add, torch.add, "add") and kwargs.get("alpha", 1) == 1:
         return Value(w.op("Add", [_operand(w, v, f"{name}/{i}") for i, v in enumerate(args[:2])], name))
     if target in (torch.relu, F.relu, "relu"):
         return Value(w.op("Relu", [args[0].name], name))
     if target is torch.cat:
         axis = next((kwargs[said] for said in ("dim", "axis") if said in kwargs), args[1] if len(args) > 1 else 0)
         out = w.op("Concat", [v.name for v in args[0]], name, axis=axis)
-        return _keep(w, out, args[0][0], name) if one_grid({v.q and v.q.quant for v in args[0]}) else Value(out)
+        return w.keep(out, args[0][0], name) if one_grid({v.q and v.q.quant for v in args[0]}) else Value(out)
     if target is F.adaptive_avg_pool2d and _pair(args[1]) == [1, 1]:
         return Value(w.op("GlobalAveragePool", [args[0].name], name))
-    if target == "detach":
-        return args[0]  # type: ignore[no-any-return]
-    if target in (torch.flatten, "flatten") and (tuple(args[1:]), kwargs) in (((1,), {}), ((1, -1), {}), ((), {"start_dim": 1})):
-        return _keep(w, w.op("Flatten", [args[0].name], name, axis=1), args[0], name)
-    raise Unsupported(f"{name}: no ONNX form is known for {getattr(target, '__name__', target)}")
+    return args[0] if target == "detach" else None
 
 
 def _operand(w: Writer, v: Value | float, name: str) -> str:

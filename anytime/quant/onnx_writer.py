@@ -12,6 +12,8 @@ from onnx import helper, numpy_helper
 
 from anytime.quant.fake import FakeQuant
 
+OPSET, IR = 13, 7  # they load on every board that we know
+
 
 class Q(NamedTuple):
     """The grid that a tensor lies on, as names in the graph; ``integers`` is the tensor behind the DQ."""
@@ -56,6 +58,15 @@ class Writer:
     def dequantize(self, q: Q, name: str) -> Value:
         """A float tensor from integers."""
         return Value(self.op("DequantizeLinear", [q.integers, q.scale, q.zero_point], f"{name}/DQ"), q)
+
+    def keep(self, out: str, x: Value, name: str) -> Value:
+        """``out``, which is x whose values were only moved, in integers: the same grid behind it, so that an engine runs it
+        between Q and DQ."""
+        if x.q is None or out == x.name:
+            return Value(out, x.q)
+        return self.dequantize(
+            x.q._replace(integers=self.op("QuantizeLinear", [out, x.q.scale, x.q.zero_point], f"{name}/Q")), name
+        )
 
     def grid(self, quant: FakeQuant, name: str) -> tuple[str, str]:
         """Names of a grid's scale and zero point; tensors that share it share them."""
