@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anytime.errors import AnytimeError, DataError, WriteError
+from anytime.errors import AnytimeError, DataError, UsageError, WriteError, near
 
 if TYPE_CHECKING:  # to import it takes longer than many commands
     import pandas as pd
@@ -168,8 +168,6 @@ def _run(args: argparse.Namespace) -> int:
 
     formats = _formats(args.format)
     if args.jobs < 1:
-        from anytime.errors import UsageError
-
         raise UsageError(f"--jobs {args.jobs}: give 1 or more")
     exp = experiment(args.experiment, args.sets)
     with Bars(args.quiet) as bars:
@@ -230,7 +228,6 @@ def _plain(rows: pd.DataFrame, wrote: list[str]) -> dict[str, Any]:
 
 def _report(args: argparse.Namespace) -> int:
     from anytime import record
-    from anytime.errors import UsageError
 
     name = args.experiment
     if name and (args.sets or name.endswith(".py") or "/" in name):
@@ -283,8 +280,6 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _formats(text: str) -> tuple[str, ...]:
-    from anytime.errors import UsageError, near
-
     wanted = tuple(f.strip() for f in text.split(",") if f.strip())
     for f in wanted:
         if f not in FORMATS:

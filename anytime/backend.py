@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -107,6 +107,20 @@ class Deployable(ABC):
         return np.concatenate(blocks, axis=1)
 
 
+def links(net: Deployable) -> list[Segment]:
+    """Stage and head of every link, apart."""
+    return [s for k in range(net.n_exits) for s in (Segment(k, k + 1, None), Segment(k + 1, k + 1, k))]
+
+
+def save_links(net: Deployable, folder: Path, ending: str, body: Callable[[Segment], bytes]) -> list[Path]:
+    """Write one file per link, stage and head as one, as ``Deployable.save`` promises."""
+    paths = []
+    for segment in net.plan(range(net.n_exits)):
+        paths.append(folder / f"link_{segment.head}.{ending}")
+        paths[-1].write_bytes(body(segment))
+    return paths
+
+
 class TorchNet(Deployable):
     """A Deployable that torch runs as it stands: it is its own twin."""
 
@@ -146,8 +160,8 @@ class TorchNet(Deployable):
 
     @torch.inference_mode()
     def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
-        entered, stages = state, range(segment.first, segment.stop)
-        for k in stages[-1:] if self.restarts else stages:
+        entered = state
+        for k in segment.stages(self.restarts):
             state = self.twin.stages[k](state)
         if segment.head is None:
             if self.device == "cuda":  # kernels were only asked for; with a head its logits are waited for

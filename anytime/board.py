@@ -13,7 +13,7 @@ import numpy as np
 
 from anytime import stops
 from anytime.backend import Deployable
-from anytime.errors import Unsupported
+from anytime.errors import AnytimeError, Unsupported
 from anytime.metrics import Bools, Floats, Ints
 from anytime.policy import Policy
 from anytime.spec import Spec
@@ -103,6 +103,14 @@ class Board(Spec, ABC):
     @abstractmethod
     def run(self, jobs: Sequence[tuple[Deployable, Policy]], x: Floats) -> list[Replayed]:
         """Execute each policy on its network's plan over x [R, ...], rounds interleaved over ``jobs``."""
+
+    def check_launches(self, net: Deployable, policy: Policy, exits: Ints, answers: Ints) -> None:
+        """AnytimeError where another launch took other exits or gave other answers: both [L, R]."""
+        if moved := int(((exits != exits[0]) | (answers != answers[0])).any(0).sum()):
+            raise AnytimeError(
+                f"{self.name}: {net.execution} under {policy.label} took other exits or gave other answers in another "
+                f"launch, on {moved} of {exits.shape[1]} samples: its kernels are not deterministic; try threads=1"
+            )
 
     def answers(self, nets: Sequence[Deployable], parts: Mapping[str, Floats]) -> list[dict[str, Floats] | None]:
         """What its own engines answer, per network: part -> logits [E, N, K]; None where this machine's answers stand for them."""

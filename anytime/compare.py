@@ -440,8 +440,7 @@ def _shown(pair: Pair) -> list[str]:
     if pair.metric not in METRICS:
         return [str(pair.a), str(pair.b), "", pair.how]
     metric = METRICS[pair.metric]
-    scale = {"%": 100, "points": 100, "M": 1e-6, "G": 1e-9, "MB": 1e-6}.get(metric.unit, 1)
-    told = [f"{value * scale:.{metric.digits}f} {metric.unit}".strip() for value in (pair.a, pair.b)]
+    told = [f"{metric.said(value)} {metric.unit}".strip() for value in (pair.a, pair.b)]
     if pair.value is None:
         return [*told, "", pair.how]
     form = "+.2f" if unit(pair.metric) == "points" else ".3f"

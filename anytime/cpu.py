@@ -18,15 +18,7 @@ VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # products of u8 and s8 added up
 @lru_cache
 def flags() -> frozenset[str]:
     """Feature flags as Linux names them (x86 "flags", Arm "Features"); empty where there is no /proc/cpuinfo."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+    return frozenset((info("flags") or info("Features")).split())
 
 
 def has_any(wanted: tuple[str, ...]) -> bool:
@@ -48,6 +40,12 @@ def stalled_us() -> int | None:
     """us since the start of the system in which some task waited for a CPU; None where the kernel does not say."""
     total = re.search(r"some .*total=(\d+)", read("/proc/pressure/cpu"))
     return int(total[1]) if total else None
+
+
+def info(field: str) -> str:
+    """What /proc/cpuinfo says of the first processor; "" where it does not say it."""
+    line = re.search(rf"^{field}\s*:(.*)$", read("/proc/cpuinfo"), re.MULTILINE)
+    return line[1].strip() if line else ""
 
 
 def read(path: str) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
 from anytime.decisions import Curve, curve
-from anytime.gather import NAN, Asked, Network, Row, listed
+from anytime.gather import NAN, Asked, Network, Row, known, listed
 from anytime.metrics import Interval
 
 LIMITED = listed("budget_violation exit_flips regret")  # with limits of their own beside them
@@ -21,11 +20,6 @@ JUDGED = listed(  # what only labels can tell
     "ece nll brier auroc overthinking harmful_flips helpful_flips regret regret_lo regret_hi recovered area gain gain_lo gain_hi "
     "step_gain step_gain_lo step_gain_hi accuracy_at_macs accuracy_at_bops accuracy_at_ms board_accuracy"
 )
-
-
-def known(values: Any) -> list[float]:
-    """Those that are there, as floats."""
-    return [float(value) for value in values if value is not None and value == value]
 
 
 def over_seeds(values: Sequence[float]) -> Interval:

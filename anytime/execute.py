@@ -20,14 +20,6 @@ from anytime.policy import Policy
 NO_MEMORY = re.compile("failed to allocate memory|can't allocate memory|out of memory|not enough memory|bad_alloc", re.IGNORECASE)
 
 
-class HasHead(Protocol):
-    """A segment, as far as the executor asks: which exit it ends in."""
-
-    @property
-    def head(self) -> int | None:
-        """The exit, or None."""
-
-
 class Runs(Protocol):
     """What can be executed: every Deployable, and a loaded bundle."""
 
@@ -36,7 +28,7 @@ class Runs(Protocol):
         """E."""
 
     def plan(self, exits: Sequence[int]) -> Sequence[Any]:
-        """Segments that lead to those exits; heads of others may be among them, and are not read."""
+        """Segments that lead to those exits, the ``head`` of each; those of others may be among them, and are not read."""
 
     def start(self, x: Floats) -> Any:
         """x float32 [B, ...] -> state 0."""

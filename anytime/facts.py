@@ -40,7 +40,7 @@ class Fact:
 
 def reference_cell(cell: Cell, backend: Backend) -> Cell:
     """The same network under the reference backend."""
-    return Cell(cell.data, cell.model, cell.recipe, backend, cell.train_seed, cell.seed)
+    return replace(cell, backend=backend)
 
 
 def retrained_cell(cell: Cell, exp: Experiment) -> Cell | None:

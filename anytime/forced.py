@@ -11,10 +11,10 @@ from anytime.record import Record
 
 
 class Forced:
-    """Since when which cells (by key) are being made again; kept in a file, which is gone when none is left."""
+    """Since when which cells (by key) of ``exp`` are being made again; kept in a file, which is gone when none is left."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, results: Path, exp: str) -> None:
+        self.path = results / "cache" / "forced" / f"{exp}.json"
 
     def since(self) -> dict[str, str]:
         """Cell -> time of asking. A file that cannot be read is none: it is a note, and no record depends on it."""

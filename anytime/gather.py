@@ -370,6 +370,11 @@ def absent(value: Any) -> bool:
     return value is None or value is pd.NA or value != value
 
 
+def known(values: Iterable[Any]) -> list[float]:
+    """Those that are there, as floats."""
+    return [float(value) for value in values if not absent(value)]
+
+
 def key_of(value: Any) -> str:
     """Equal for equal plain values."""
     return json.dumps(value, sort_keys=True)

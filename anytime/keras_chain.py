@@ -36,14 +36,13 @@ class KerasChain(KerasLayers):
     def segment(self, segment: Segment) -> Any:
         """The model of one segment: from the state (or the input) to its logits, if it has a head, then the state
         after it, unless nothing can follow; a list of tensors."""
-        first, stop, head = segment
-        restarts = self.chain.restarts
-        fresh = first == 0 or (restarts and stop > first)
-        inputs = value = self._inputs(self.states[0 if fresh else first], "x" if fresh else "state")
-        for k in range(first, stop)[-1:] if restarts else range(first, stop):
+        head, restarts = segment.head, self.chain.restarts
+        fresh = segment.fresh(restarts)
+        inputs = value = self._inputs(self.states[0 if fresh else segment.first], "x" if fresh else "state")
+        for k in segment.stages(restarts):
             value = self.links[f"stages.{k}"](value)
         outputs = [] if head is None else [self.links[f"heads.{head}"](value)]
-        if stop > first and (head is None or (stop < self.chain.n_exits and not restarts)):
+        if segment.hands_on(self.chain.n_exits, restarts):
             outputs += self.tf.nest.flatten(value)
         return self.tf.keras.Model(inputs, outputs)
 

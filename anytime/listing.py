@@ -48,8 +48,7 @@ class Listing:
 def listing(exp: Experiment, results: Path) -> Listing:
     """What ``exp`` asks for and what is there of it; nothing is run."""
     loaded = load(results / "records")
-    forced = Forced(results / "cache" / "forced" / f"{exp.name}.json")
-    known = newest(forced.without_old(item for item in loaded.records if item[0].exp == exp.name))
+    known = newest(Forced(results, exp.name).without_old(item for item in loaded.records if item[0].exp == exp.name))
     took = seconds(r for r, _ in loaded.records)
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     left: list[float | None] = []

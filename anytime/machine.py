@@ -54,20 +54,10 @@ def commit() -> dict[str, Any]:
 def facts() -> dict[str, Any]:
     """The host that predicted: processor, its flags, cores, threads. Boards say more of themselves."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu.info("model name") or platform.processor() or platform.machine(),
         "flags": cpu.of_note(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": sys.executable.rsplit(os.sep, 1)[-1],
     }
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -204,6 +204,11 @@ class Metric(NamedTuple):
     digits: int
     meaning: str
 
+    def said(self, value: float) -> str:
+        """A value in the unit, which is left out."""
+        scale = {"%": 100, "points": 100, "M": 1e-6, "G": 1e-9, "MB": 1e-6}.get(self.unit, 1)
+        return f"{value * scale:.{self.digits}f}"
+
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric("%", "higher", 2, "top-1 share of the test part that is right"),

@@ -19,12 +19,24 @@ State = Any  # a Tensor, or a tuple of Tensors: what one stage hands to the next
 class Segment(NamedTuple):
     """What runs without asking anybody: stages[first:stop] in their order, then one head or none.
 
-    Of stages that restart only the last one runs. Without a head the state after them is what that head reads.
+    Without a head the state after them is what that head reads.
     """
 
     first: int
     stop: int
     head: int | None
+
+    def stages(self, restarts: bool) -> range:
+        """The stages that run: of those that restart only the last one."""
+        return range(self.first, self.stop)[-1:] if restarts else range(self.first, self.stop)
+
+    def fresh(self, restarts: bool) -> bool:
+        """Whether it reads the input itself."""
+        return self.first == 0 or (restarts and self.stop > self.first)
+
+    def hands_on(self, n_exits: int, restarts: bool) -> bool:
+        """Whether a state comes out of it that another segment reads."""
+        return self.stop > self.first and (self.head is None or (self.stop < n_exits and not restarts))
 
 
 Plan = tuple[Segment, ...]

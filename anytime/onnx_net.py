@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 
-from anytime.backend import BitMap, Bits, Deployable, Segment
+from anytime.backend import BitMap, Bits, Deployable, Segment, links, save_links
 from anytime.engine import Graph, OnnxRuntimeGraph, OpenVINOGraph
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel
@@ -19,6 +20,12 @@ from anytime.quant.onnx_graph import OnnxChain
 
 # Operators that only choose or move values, as quantizers write them: what they give lies on the grid of what they get.
 MOVES = ("Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+
+
+def missing() -> str | None:
+    """Why graphs cannot run in ONNX Runtime here; None when they can."""
+    there = find_spec("onnxruntime") and find_spec("onnx")
+    return None if there else "onnxruntime or onnx is not installed: pip install onnx onnxruntime"
 
 
 class GraphNet(Deployable, ABC):
@@ -48,10 +55,7 @@ class GraphNet(Deployable, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # What an engine has made cannot be pickled; graphs can, and a process that times links shall not have to write them.
-        for k in range(self.n_exits):
-            self.graph(Segment(k, k + 1, None))
-            self.graph(Segment(k + 1, k + 1, k))
-        for segment in self.plan(range(self.n_exits)):
+        for segment in (*links(self), *self.plan(range(self.n_exits))):
             self.graph(segment)
         return {**self.__dict__, "_graphs": {}}
 
@@ -80,13 +84,7 @@ class GraphNet(Deployable, ABC):
         return self._answer(segment, state, run(state))
 
     def save(self, folder: Path) -> list[Path]:
-        """One file per link: stage and head as one graph."""
-        paths = []
-        for segment in self.plan(range(self.n_exits)):
-            path = folder / f"link_{segment.head}.onnx"
-            path.write_bytes(self.graph(segment))
-            paths.append(path)
-        return paths
+        return save_links(self, folder, "onnx", self.graph)
 
     def executed(self, x: Floats) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -36,7 +36,7 @@ class Calibration:
     def entering(self, segment: Segment) -> State:
         """What the float chain hands to a segment, [N, ...] per tensor; Unsupported when it is not finite."""
         state: Any = self.x
-        if segment.first and not (self.chain.restarts and segment.stop > segment.first):
+        if not segment.fresh(self.chain.restarts):
             net, before = TorchNet(self.chain, {}, simulated=False), Segment(0, segment.first, None)
             state = _join([net.step(before, part)[0] for part in torch.split(self.x, 256)])
         if not all(bool(t.isfinite().all()) for t in tensors(state)):

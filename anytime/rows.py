@@ -18,7 +18,7 @@ from anytime import record
 from anytime.decided import first_policy, limits, over_seeds, reached, reading_ms, readings, recovered, unjudged
 from anytime.errors import UsageError, near
 from anytime.gather import NAN as NAN
-from anytime.gather import Asked, Network, asked_of, gather, key_of, noisy, order, train_seed_of
+from anytime.gather import Asked, Network, asked_of, gather, key_of, known, noisy, order, train_seed_of
 from anytime.gather import Row as Row
 from anytime.gather import absent as absent
 from anytime.gather import listed as listed
@@ -147,8 +147,8 @@ class Fold:
         for network in sorted(networks, key=lambda n: n is not first.get(n.place)):
             base = first.get(network.place)
             if base and (network.model, network.label("column")) == (base.model, base.label("column")):
-                exits = sorted((item for item in network.times.items() if item[0].exit is not None), key=order)
-                for board, points in exits[-1][1].items() if exits else ():
+                last = _last_exit(network.times)
+                for board, points in network.times[last].items() if last else ():
                     name = f"{network.label('model')} {network.label('column')}, {network.label('execution')}"
                     self.denominators[network.place, board].append((network, points, name))
 
@@ -208,9 +208,8 @@ class Fold:
         forms = [n for n in forms if reference and n.label("column") == reference.label("column")]
         timed = {}
         for n in forms:
-            exits = [a for a, boards in n.times.items() if a.exit is not None and board in boards]
-            if exits:
-                timed[n.label("execution")] = n.times[max(exits, key=lambda a: a.exit or 0)][board]
+            if last := _last_exit(a for a, boards in n.times.items() if board in boards):
+                timed[n.label("execution")] = n.times[last][board]
         return timed.get(network.label("execution")) or next(iter(timed.values()), [])
 
     def _decided(self, network: Network, asked: Asked, row: Row) -> Row:
@@ -238,17 +237,13 @@ class Fold:
         if reference is None or (reference is network and against == asked):
             return {}
         if network.facts.get("own_exits") and asked.exit is not None:  # an exit of an ensemble is no exit of the network
-            against = max((a for a in reference.scores if a.exit is not None), key=lambda a: a.exit or 0, default=against)
+            against = _last_exit(reference.scores) or against
         return self.answered.loss(reference, against, network, asked, "loss")
 
     def _against_static(self, network: Network, asked: Asked, macs: Any) -> Row:
         statics = self.statics.get((network.place, network.model), [])
         statics = [static for static in statics if static.family == network.family] or statics
-        last = (
-            max((a for a in statics[0].scores if a.exit is not None), key=lambda a: a.exit or 0, default=None)
-            if statics
-            else None
-        )
+        last = _last_exit(statics[0].scores) if statics else None
         if last is None:
             return {}
         whole = _mean(point.get("macs") for point in statics[0].scores[last].values())
@@ -284,13 +279,17 @@ def _worst_layer(layers: Sequence[Row]) -> str:
     return f"{worst['layer']} {worst['sqnr_db']:.1f} dB" if worst else ""
 
 
+def _last_exit(asked: Iterable[Asked]) -> Asked | None:
+    return max((a for a in asked if a.exit is not None), key=lambda a: a.exit or 0, default=None)
+
+
 def _told(asked: Asked) -> Row:
     return {name: value for name, value in asked._asdict().items() if name != "fitted_on"}
 
 
 def _mean(values: Iterable[Any]) -> float:
-    known = [float(value) for value in values if not absent(value)]
-    return statistics.fmean(known) if known else NAN
+    there = known(values)
+    return statistics.fmean(there) if there else NAN
 
 
 def _score(points: Sequence[Row]) -> Row:

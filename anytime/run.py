@@ -67,7 +67,7 @@ class Runner:
     def __post_init__(self) -> None:
         self.shop = Workshop(self.results, self.progress)
         self.root = self.results / "records"
-        self.forced = Forced(self.shop.cache / "forced" / f"{self.exp.name}.json")
+        self.forced = Forced(self.results, self.exp.name)
         machine.commit()  # asked before the work: a commit that is made meanwhile is not what ran
         self.said: set[str] = set()
         self.unreadable: dict[DatasetSpec, DataError] = {}
@@ -85,12 +85,13 @@ class Runner:
         cells = {key(cell): cell for cell in self.exp.cells()}
         changed = {name for name, (r, _) in known.items() if r.cell in cells and self._has_changed(r, cells[r.cell])}
         for what in sorted({self.shop.changeable(cells[known[name][0].cell]) for name in changed}):
-            line = f"{what} have changed: what was found on the old ones is made again"
-            if line not in self.said:
-                self.log(line)
-            self.said.add(line)
+            self._log_once(f"{what} have changed: what was found on the old ones is made again")
         lost = {name for name in known if self.exp.currency == "ms" and self._lacks_times(known[name][0])}
         return {name: found for name, found in known.items() if name not in changed | lost}
+
+    def _kind(self, fact: str) -> str:
+        """Of the record of a fact; "" where there is none."""
+        return self.known[fact][0].kind if fact in self.known else ""
 
     def _lacks_times(self, record: Record) -> bool:
         """Whether the single times, which budgets in ms are fitted on, have left the cache that they lie in."""
@@ -225,7 +226,7 @@ class Runner:
 
     def _guarded(self, fact: Fact, work: Callable[[Fact], None]) -> None:
         """Do it; what cannot be done becomes a skip or a fail with its sentence, and the run goes on."""
-        if any(n not in self.known or self.known[n][0].kind in ("skip", "fail") for n in fact.needs):
+        if any(self._kind(n) in ("", "skip", "fail") for n in fact.needs):
             return None  # what it needs has said why
         if reason := fact.cell.backend.why_not():
             return self._write(fact, "skip", reason=reason, facts={"by": "why_not"})
@@ -255,7 +256,7 @@ class Runner:
             )
         there = reference_cell(cell, self.exp.reference_backend)
         drawn = plain_net.fresh_heads and not cell.recipe.epochs
-        known = there != cell and key(("eval", there)) in self.known and self.known[key(("eval", there))][0].kind == "eval"
+        known = there != cell and self._kind(key(("eval", there))) == "eval"
         reference = self.shop.predictions(there)["test"] if known else None
         facts = {
             "defaults": defaults(cell),
@@ -280,7 +281,7 @@ class Runner:
         ready: list[Fact] = []
         everyone = [f for f in facts_of(self.exp) if f.of == "measure" and f.suite == suite and f.board == board]
         if facts:
-            timed = [f for f in everyone if f.name in self.known and self.known[f.name][0].kind == "measure"]
+            timed = [f for f in everyone if self._kind(f.name) == "measure"]
             facts = facts + [f for f in timed if f.cell.model == suite.models[0] and f not in facts]
         for fact in facts:
             self._guarded(fact, lambda f: ready.append(f) if self._timeable(f) else None)
@@ -399,11 +400,10 @@ class Runner:
         self, fact: Fact, kind: Kind, *, reason: str = "", facts: dict[str, Any] | None = None,
         attachments: dict[str, bytes] | None = None, **rows: Any,
     ) -> None:  # fmt: skip
-        cell = fact.cell
-        old = self.known.get(fact.name)
-        if kind == "skip" and old is not None and old[0].kind == "skip" and old[0].reason == reason:
+        cell, old = fact.cell, self._kind(fact.name)
+        if kind == old == "skip" and self.known[fact.name][0].reason == reason:
             return
-        if kind in ("skip", "fail") and old is not None and old[0].kind == fact.of:
+        if kind in ("skip", "fail") and old == fact.of:
             return self.log(f"{cell.model.label}, {cell.backend.label}, {fact.of}: {reason} What was found before stays.")
         about: dict[str, Any] = {
             "model": cell.model.label, "dataset": cell.data.label, "backend": cell.backend.label, "column": cell.backend.column,
@@ -425,10 +425,12 @@ class Runner:
         self._count([fact])
         if kind in ("skip", "fail"):
             where = f" on {fact.board.name}" if fact.board else ""
-            line = f"{kind}: {cell.model.label}, {cell.backend.label}{where}, {fact.of}: {reason}"
-            if line not in self.said:
-                self.log(line)
-            self.said.add(line)
+            self._log_once(f"{kind}: {cell.model.label}, {cell.backend.label}{where}, {fact.of}: {reason}")
+
+    def _log_once(self, line: str) -> None:
+        if line not in self.said:
+            self.log(line)
+        self.said.add(line)
 
 
 def _sentence(error: Exception) -> str:

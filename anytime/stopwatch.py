@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from anytime import cpu
-from anytime.backend import Deployable, Segment
+from anytime.backend import Deployable, Segment, links
 from anytime.errors import AnytimeError
 from anytime.execute import Executor
 from anytime.metrics import Floats
@@ -32,8 +32,8 @@ class _Links:
 
     def __init__(self, net: Deployable) -> None:
         self.net = net
-        self.links = [(Segment(k, k + 1, None), Segment(k + 1, k + 1, k)) for k in range(net.n_exits)]
-        self.segments = [segment for link in self.links for segment in link]
+        self.segments = links(net)
+        self.links = list(zip(self.segments[::2], self.segments[1::2], strict=True))
 
     def go(self, sample: Floats) -> list[list[int]]:
         start, step, state = self.net.start, self.net.step, None
@@ -88,7 +88,7 @@ def _ready(net: Deployable, segments: Sequence[Segment], x: Floats, beat: Callab
     """Run x [B, ...] once through every segment, for engines that make themselves ready at first use."""
     state = entered = net.start(x)
     for segment in segments:
-        after, _ = net.step(segment, entered if net.restarts and segment.stop > segment.first else state)
+        after, _ = net.step(segment, entered if segment.fresh(net.restarts) else state)
         if segment.stop > segment.first:  # a head alone hands nothing on
             state = after
         beat()

@@ -177,11 +177,7 @@ def _stand_in(said: Sequence[Row], board: str) -> dict[int, Row]:
 
 
 def _say(name: str, value: Any) -> str:
-    if absent(value):
-        return "–"
-    metric = METRICS[name]
-    scale = {"%": 100, "points": 100, "M": 1e-6, "G": 1e-9, "MB": 1e-6}.get(metric.unit, 1)
-    return f"{value * scale:.{metric.digits}f}"
+    return "–" if absent(value) else METRICS[name].said(value)
 
 
 def _value(name: str, row: Row, notes: list[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from anytime.backend import BitMap, Bits, Deployable, Segment
+from anytime.backend import BitMap, Bits, Deployable, Segment, links, save_links
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel
 from anytime.tf import tensorflow
@@ -65,9 +65,8 @@ class TFLiteNet(Deployable):
 
     def __getstate__(self) -> dict[str, Any]:
         # Interpreters cannot be pickled; files can, and a process that times links shall not have to convert them.
-        for k in range(self.n_exits):
-            self._file(Segment(k, k + 1, None))
-            self._file(Segment(k + 1, k + 1, k))
+        for segment in links(self):
+            self._file(segment)
         return {**self.__dict__, "_engines": {}}
 
     def open(self, threads: int) -> None:
@@ -82,8 +81,7 @@ class TFLiteNet(Deployable):
 
     def step(self, segment: Segment, state: list[NDArray[Any]]) -> tuple[Any, Floats | None]:
         engine = self._engine(segment)
-        fresh = segment.first == 0 or (self.restarts and segment.stop > segment.first)
-        entering = [None] if fresh else self._between(segment.first)
+        entering = [None] if segment.fresh(self.restarts) else self._between(segment.first)
         out = engine.run([moved(v, have, want) for v, have, want in zip(state, entering, engine.inputs, strict=True)])
         logits = None if segment.head is None else moved(out.pop(0), engine.outputs[0], None)
         if logits is not None and self.restarts:
@@ -98,13 +96,7 @@ class TFLiteNet(Deployable):
         return self._engine(Segment(k, k, k - 1) if alone else Segment(k, k + 1, k)).inputs
 
     def save(self, folder: Path) -> list[Path]:
-        """One file per link: stage and head as one graph."""
-        paths = []
-        for segment in self.plan(range(self.n_exits)):
-            path = folder / f"link_{segment.head}.tflite"
-            path.write_bytes(self._file(segment))
-            paths.append(path)
-        return paths
+        return save_links(self, folder, "tflite", self._file)
 
     def executed(self, x: Floats) -> dict[str, str]:
         """As the interpreter lists its operators: "int8" where weights are 8-bit integers (of activations in float it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -11,6 +10,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
+from anytime import stops
 from anytime.errors import Infeasible, UsageError
 from anytime.metrics import Bools, Floats, Ints, Predictions
 from anytime.policy import Listed, PathCost, Points, Policy, mean_cost
@@ -47,9 +47,12 @@ class Threshold(Policy):
         """[E, N, K] -> [E, N]: what is compared with the thresholds; row k follows logits[:k+1] alone, and is never under 0."""
         return self._scores(self._tempered(logits))
 
-    @abstractmethod
     def _scores(self, logits: Floats) -> Floats:
-        """``scores`` with the temperatures already in the logits."""
+        """``scores`` with the temperatures already in the logits; default: the largest softmax probability."""
+        return stops.max_probability(logits)
+
+    def _stop(self, logits: Floats) -> Bools:
+        return stops.by_max_probability(logits, self.thresholds)
 
     def largest(self, n_classes: int) -> float:
         """The largest possible score."""

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from anytime.gather import NAN, Row, absent, listed
+from anytime.gather import NAN, Row, absent, known, listed
 
 TIMED = listed(
     "latency_ms_p50 latency_ms_p90 latency_ms_p99 latency_ms_mean cpu_ms energy_mj own_latency_ms_p50 same_exits same_answers "
@@ -19,14 +19,14 @@ def times(points: Sequence[Row]) -> Row:
     """Points of one or several sessions of measuring, pooled."""
     if not points:
         return {}
-    known = {name: [float(p[name]) for p in points if not absent(p.get(name))] for name in ("n", *TIMED)}
-    row: Row = {name: statistics.median(known[name]) if known[name] else NAN for name in TIMED}
+    taken = {name: known(p.get(name) for p in points) for name in TIMED}
+    row: Row = {name: statistics.median(values) if values else NAN for name, values in taken.items()}
     sessions: dict[Any, list[float]] = defaultdict(list)  # a record without a session is one of its own
     for i, p in enumerate(points):
         if not absent(p.get("latency_ms_p50")):
             sessions[p["session"] or i].append(float(p["latency_ms_p50"]))
     p50s = [statistics.median(values) for values in sessions.values()]
-    if ran := [float(p["int8_macs_share"]) for p in points if not absent(p.get("int8_macs_share"))]:
+    if ran := known(p.get("int8_macs_share") for p in points):
         row["int8_macs_share"] = statistics.median(ran)  # by an engine that only the board has
     row |= {"latency_ms_spread": max(p50s) - min(p50s) if len(p50s) > 1 else NAN, "noisy": any(p["noisy"] for p in points)}
     return row | {
@@ -50,5 +50,4 @@ def ratios(above: Sequence[Row], below: Sequence[Row]) -> list[float]:
     """Mean latency of ``above`` over that of ``below``, in each session that timed both; where none did, the one of all that was pooled."""
     ours, theirs = ms_by_session(above), ms_by_session(below)
     shared = sorted(ours.keys() & theirs.keys() - {""}) or [""]
-    found = [ours[session] / theirs[session] for session in shared if theirs[session]]
-    return [ratio for ratio in found if not absent(ratio)]
+    return known(ours[session] / theirs[session] for session in shared if theirs[session])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from anytime.losses import Joint, Loss
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.osgd import OSGD, apart
 from anytime.spec import Spec
-from anytime.weights import load_weights, save_weights
+from anytime.weights import load_weights, metadata, save_weights
 
 TUNE_LR_SCALE = 0.1  # of the recipe's learning rate, wherever a trained network is trained on
 RUNAWAY = 10.0  # times the mean loss of the first epoch, of at least 0.1: then a trained network is being destroyed
@@ -172,7 +171,9 @@ class Trainer:
         else:
             place = self.folder / self.place(name)
             with locked(place):
-                if not self._load_finished(model, name):
+                if found := self.finished(name):
+                    load_weights(model, found)
+                else:
                     _run(model, recipe, self, name, place, each_epoch, ended, facts or {})
         return model.eval()
 
@@ -185,7 +186,7 @@ class Trainer:
             return change()
         with locked(self.folder / self.place(name)):
             if found := self.finished(name):
-                return load_weights(model, found[0])
+                return load_weights(model, found)
             facts = change()
             save_weights(model, self.folder / self.place(name) / "weights.safetensors", facts)
             return facts
@@ -203,24 +204,14 @@ class Trainer:
         """What the finished training of this name says of itself (wall_s, device, precision, and trunk_wall_s where it began
         from a trunk); empty where nothing tells."""
         found = self.finished(name)
-        if not found:
-            return {}
-        with found[0].open("rb") as f:
-            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        return dict(header.get("__metadata__", {}))
+        return metadata(found.read_bytes()) if found else {}
 
-    def finished(self, name: str = "base") -> list[Path]:
-        """Where weights of a finished training of this name lie, the first to be taken."""
+    def finished(self, name: str = "base") -> Path | None:
+        """Where weights of a finished training of this name lie; None where it is none."""
         place = self.place(name)
         kept = [] if self.folder is None else [self.folder / place / "weights.safetensors"]
         kept += [zoo / f"{place}.safetensors" for zoo in self.zoos]
-        return [path for path in kept if path.exists()]
-
-    def _load_finished(self, model: AnytimeModel, name: str) -> bool:
-        found = self.finished(name)
-        if found:
-            load_weights(model, found[0])
-        return bool(found)
+        return next((path for path in kept if path.exists()), None)
 
 
 def _run(

@@ -46,8 +46,7 @@ def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
     in_zoo = path.with_name("manifest.json").exists()
     if in_zoo and manifest(path.parent).get(path.stem, {}).get("sha256") != digest:
         raise CorruptFile(f"the weights {path} are not those that the manifest.json beside them names (by sha256): {fix}")
-    size = int.from_bytes(body[:8], "little")
-    meta: dict[str, str] = json.loads(body[8 : 8 + size]).get("__metadata__", {})
+    meta = metadata(body)
     given = safetensors.torch.load(body)
     shared = {n: given[first] for n, first in _first_names(model).items() if first in given}
     try:
@@ -57,6 +56,12 @@ def load_weights(model: AnytimeModel, path: Path) -> dict[str, str]:
         raise CorruptFile(f"the weights {path} do not fit the network ({which}): {fix}") from error
     model.trained_on = frozenset(json.loads(meta.pop("trained_on", "[]")))
     return meta
+
+
+def metadata(body: bytes) -> dict[str, str]:
+    """What a file of weights says beside them."""
+    size = int.from_bytes(body[:8], "little")
+    return dict(json.loads(body[8 : 8 + size]).get("__metadata__", {}))
 
 
 def manifest(zoo: Path) -> dict[str, Any]:

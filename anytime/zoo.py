@@ -15,6 +15,7 @@ from anytime.files import locked, write_atomically
 from anytime.record import load
 from anytime.spec import key, plain
 from anytime.weights import manifest as read
+from anytime.weights import metadata
 from anytime.workshop import Workshop
 
 LARGEST, TOTAL = 4_000_000, 20_000_000  # bytes of one file, of all: what lies here is cloned by everybody
@@ -46,8 +47,7 @@ def add(exp: Experiment, results: Path, only: Sequence[Cell] = (), command: str 
                 f"{cell.model.label} has {len(body) / 1e6:.1f} MB of weights; the zoo takes {LARGEST / 1e6:.0f} MB a file"
             )
         digest = weights.with_suffix(".sha256").read_bytes()
-        size = int.from_bytes(body[:8], "little")
-        meta = json.loads(body[8 : 8 + size])["__metadata__"]
+        meta = metadata(body)
         # Weights that do not say where and in what they were trained are from when it was on a CPU and as the recipe says.
         said = {
             "model": cell.model.label, "data": cell.data.label, "sha256": digest.decode().strip(), "bytes": len(body),

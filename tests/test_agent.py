@@ -19,8 +19,9 @@ import onnx
 import pytest
 
 from anytime import cpu, stops
+from anytime.backend import links
 from anytime.boards.ssh import Ssh
-from anytime.boards.ssh.job import AGENT, FILES, MACHINE, Job, links, on_board
+from anytime.boards.ssh.job import AGENT, FILES, MACHINE, Job, on_board
 from anytime.boards.ssh.said import said_of
 from anytime.errors import AnytimeError, UsageError
 from anytime.onnx_net import OnnxNet, written

@@ -11,7 +11,7 @@ from torch import nn
 
 from anytime.errors import AnytimeError, Collapsed, Unsupported
 from anytime.model import AnytimeModel
-from anytime.quant.diagnose import diagnosed, fallen, first_bad, layer_sqnr, worst
+from anytime.quant.diagnose import diagnosed, fallen, first_bad, layer_sqnr
 from anytime.quant.graph import Widths, prepared, quantized, traced
 from anytime.quant.ranges import affine
 from tests.worlds import Restarting, Tiny, data, trained
@@ -101,12 +101,6 @@ def test_chains_that_do_not_compare_are_said():
         layer_sqnr(net, model, x[:0])
     with pytest.raises(Unsupported, match="only one of the two chains"):
         layer_sqnr(net, traced(trained()), x)
-
-
-def test_the_worst_come_first():
-    sqnr = {"a": 3.0, "b": -math.inf, "c": 40.0, "d": -2.0}
-    assert worst(sqnr, 3) == [("b", -math.inf), ("d", -2.0), ("a", 3.0)]
-    assert len(worst(sqnr)) == 4
 
 
 FIRST_BAD = [

@@ -6,11 +6,12 @@ from functools import cache
 import numpy as np
 import pytest
 
+from anytime.backend import links
 from anytime.backends.float import Float32
 from anytime.backends.ptq import PTQ
 from anytime.backends.tensorrt import TensorRT, Torch2TRTNet
 from anytime.boards.ssh import Ssh, results
-from anytime.boards.ssh.job import links, stem
+from anytime.boards.ssh.job import stem
 from anytime.boards.ssh.tool import tool_of
 from anytime.errors import AnytimeError, Unsupported
 from anytime.nvidia.trtexec import banner_digits

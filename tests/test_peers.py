@@ -18,10 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from anytime import peer
+from anytime import onnx_net, peer
 from anytime.backend import Bits, Segment, TorchNet
 from anytime.backends import nncf as nncf_keeper
-from anytime.backends import ort_quantizer as ort_keeper
 from anytime.backends import torchao as torchao_keeper
 from anytime.backends.nncf import NNCF
 from anytime.backends.onnxruntime import OnnxRuntime
@@ -397,7 +396,7 @@ assert isinstance(wrapper.telemetry, MagicMock), "NNCF reports its runs"
 @pytest.mark.parametrize(
     "keeper, backend, said",
     [
-        (ort_keeper, OrtQuantizer(), "pip install onnx onnxruntime"),
+        (onnx_net, OrtQuantizer(), "pip install onnx onnxruntime"),
         (nncf_keeper, NNCF(), r"^nncf, onnx, onnxruntime is not installed: pip install -e '.\[peers\]'"),
         (torchao_keeper, TorchAO(), r"torchao is not installed: pip install -e '.\[peers\]'"),
     ],

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from anytime import cpu
 from anytime.backend import Backend, BitMap, Bits, Deployable, Target, TorchNet
 from anytime.dataset import Part
 from anytime.model import AnytimeModel
-from anytime.quant.trace import links, traced
+from anytime.quant.trace import insert_after, links, traced
 from anytime.spec import key
 from anytime.train import TUNE_LR_SCALE, Trainer
 
@@ -109,14 +109,6 @@ def _rounded(model: AnytimeModel, dtype: torch.dtype) -> AnytimeModel:
                 continue
             if node.op == "placeholder" and not (link is model.stages[0] or (model.restarts and path.startswith("stages"))):
                 continue  # it was rounded where it was made
-            _insert_after(link, node, _Round(dtype))
+            insert_after(link, node, f"round_{node.name}", _Round(dtype))
         link.recompile()
     return model
-
-
-def _insert_after(link: fx.GraphModule, node: fx.Node, module: nn.Module) -> None:
-    name = f"round_{node.name}"
-    link.add_module(name, module)
-    with link.graph.inserting_after(node):
-        new = link.graph.call_module(name, (node,))
-    node.replace_all_uses_with(new, lambda user: user is not new)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 from anytime.backend import INT8_WIDTHS, Backend, Deployable, Target, TorchNet
 from anytime.dataset import Part
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
-from anytime.onnx_net import OnnxNet, written
+from anytime.onnx_net import OnnxNet, missing, written
 from anytime.quant.fake import check_tensors
 from anytime.quant.trace import traced
 from anytime.train import Trainer
@@ -32,9 +31,7 @@ class OnnxRuntime(Backend):
         return self.of.column
 
     def why_not(self) -> str | None:
-        if find_spec("onnxruntime") is None or find_spec("onnx") is None:
-            return "onnxruntime or onnx is not installed: pip install onnx onnxruntime"
-        return self.of.why_not()
+        return missing() or self.of.why_not()
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         inner = self.of.compress(model, calib, trainer, "u8s8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from anytime import peer
 from anytime.backend import Backend, Deployable, Segment, Target
 from anytime.dataset import Part
 from anytime.model import AnytimeModel
-from anytime.onnx_net import OnnxNet, written
+from anytime.onnx_net import OnnxNet, missing, written
 from anytime.quant.trace import traced
 from anytime.train import Trainer
 
@@ -41,9 +40,7 @@ class OrtQuantizer(Backend):
         return "INT8 ORT"
 
     def why_not(self) -> str | None:
-        if find_spec("onnxruntime") is None or find_spec("onnx") is None:
-            return "onnxruntime or onnx is not installed: pip install onnx onnxruntime"
-        return None
+        return missing()
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "u8s8") -> Deployable:
         calibration = peer.Calibration(traced(model), calib.x)

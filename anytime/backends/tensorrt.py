@@ -19,7 +19,7 @@ from anytime.dataset import Part
 from anytime.errors import Unsupported, UsageError
 from anytime.metrics import Floats
 from anytime.model import AnytimeModel
-from anytime.onnx_net import OnnxNet
+from anytime.onnx_net import OnnxNet, missing
 from anytime.peer import Calibration
 from anytime.quant.fake import QuantizedLayer, check_tensors
 from anytime.quant.graph import Widths, prepared
@@ -103,9 +103,7 @@ class TensorRT(Backend):
         return "FP16" if self.precision == "fp16" else self.of.column
 
     def why_not(self) -> str | None:
-        if find_spec("onnxruntime") is None or find_spec("onnx") is None:
-            return "onnxruntime or onnx is not installed: pip install onnx onnxruntime"
-        return self.of.why_not()
+        return missing() or self.of.why_not()
 
     def compress(self, model: AnytimeModel, calib: Part, trainer: Trainer, target: Target = "s8s8") -> Deployable:
         inner = self.of.compress(model, calib, trainer, "s8s8")
@@ -176,7 +174,7 @@ def _scales(chain: AnytimeModel, shape: tuple[int, ...], known: dict[str, float]
     """Scale of every activation in the graph of a segment."""
     write = OnnxChain(chain, shape, int_bias=False).write
     entering = [known["x"]]
-    if segment.first and not (chain.restarts and segment.stop > segment.first):
+    if not segment.fresh(chain.restarts):
         before = Segment(0, segment.first, None)
         made = _scales(chain, shape, known, before)
         entering = [made[out.name] for out in write(before).graph.output]
@@ -287,8 +285,8 @@ class Torch2TRTNet(TorchNet):
 
     @torch.inference_mode()
     def step(self, segment: Segment, state: Any) -> tuple[Any, Floats | None]:
-        entered, stages = state, range(segment.first, segment.stop)
-        for k in stages[-1:] if self.restarts else stages:
+        entered = state
+        for k in segment.stages(self.restarts):
             state = self._stages[k](state)
         if segment.head is None:
             return state, None

@@ -101,7 +101,7 @@ class Converter:
     def __call__(self, segment: Segment) -> bytes:
         keras, states = self.keras, [channels_last(s) for s in peer.tensors(self.calibration.entering(segment))]
         grids: list[FakeQuant | None] = [None] * len(states)
-        if self.rounded and segment.first and not (keras.chain.restarts and segment.stop > segment.first):
+        if self.rounded and not segment.fresh(keras.chain.restarts):
             described = OnnxChain(self.calibration.chain, tuple(self.calibration.x.shape[1:]), int_bias=True).states
             grids = list(_grids(described[segment.first]))
 

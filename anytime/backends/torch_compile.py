@@ -80,8 +80,7 @@ class CompiledNet(TorchNet):
 class _Run(nn.Module):
     def __init__(self, twin: AnytimeModel, segment: Segment) -> None:
         super().__init__()
-        stages = list(twin.stages[segment.first : segment.stop])
-        self.stages = nn.ModuleList(stages[-1:] if twin.restarts else stages)
+        self.stages = nn.ModuleList(twin.stages[k] for k in segment.stages(twin.restarts))
         self.head = None if segment.head is None else twin.heads[segment.head]
 
     def forward(self, state: Any) -> tuple[Any, Any]:

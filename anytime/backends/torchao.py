@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from anytime import peer
-from anytime.backend import Backend, Bits, Deployable, Segment, Target
+from anytime.backend import Backend, Bits, Deployable, Segment, Target, save_links
 from anytime.dataset import Part
 from anytime.errors import AnytimeError, Unsupported, install
 from anytime.metrics import Floats
@@ -123,11 +123,10 @@ class _Run(nn.Module):
 
     def __init__(self, chain: AnytimeModel, segment: Segment) -> None:
         super().__init__()
-        first, stop, head = segment
-        stages = range(first, stop)[-1:] if chain.restarts else range(first, stop)
-        self.stages = nn.ModuleDict({str(k): chain.stages[k] for k in stages})
+        head = segment.head
+        self.stages = nn.ModuleDict({str(k): chain.stages[k] for k in segment.stages(chain.restarts)})
         self.heads = nn.ModuleDict({} if head is None else {str(head): chain.heads[head]})
-        self.goes_on = head is None or (stop > first and stop < chain.n_exits and not chain.restarts)
+        self.goes_on = segment.hands_on(chain.n_exits, chain.restarts)
 
     def forward(self, state: State) -> tuple[State, ...]:
         for stage in self.stages.values():
@@ -183,13 +182,7 @@ class Pt2Net(Deployable):
         return (state if self.restarts else out[1] if len(out) > 1 else None), out[0].numpy()
 
     def save(self, folder: Path) -> list[Path]:
-        """One file per link: stage and head as one program."""
-        paths = []
-        for segment in self.plan(range(self.n_exits)):
-            path = folder / f"link_{segment.head}.pt2"
-            path.write_bytes(self._program(segment)[0])
-            paths.append(path)
-        return paths
+        return save_links(self, folder, "pt2", lambda segment: self._program(segment)[0])
 
     def executed(self, x: Floats) -> dict[str, str] | None:
         """Inductor's profile names kernels, not layers: where it counts fewer 8-bit ones of a kind than there are layers,

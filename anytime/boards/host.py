@@ -124,13 +124,13 @@ class Host(Board):
         mhz = cpu.read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
         avg10 = re.search(r"some avg10=([\d.]+)", cpu.read("/proc/pressure/cpu"))
         return {
-            "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
+            "cpu": cpu.info("model name") or platform.processor() or "unknown",
             "flags": cpu.of_note(),
             "cores": f"{_cores()} of {os.cpu_count()}",
             "threads": str(self.threads),
             "batch": str(self.batch),
             "governor": cpu.read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
-            "mhz": f"{int(mhz) / 1e3:.0f}" if mhz else _cpuinfo("cpu MHz") or "unknown",
+            "mhz": f"{int(mhz) / 1e3:.0f}" if mhz else cpu.info("cpu MHz") or "unknown",
             "memory_gb": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f}",
             "os": platform.platform(),
             "python": platform.python_version(),
@@ -153,11 +153,7 @@ class Host(Board):
         replays, at_once = [], 1 if self.batch == 1 else AT_ONCE * self.batch
         for (net, policy), (readings, facts) in zip(jobs, self._measure(jobs, x, at_once), strict=True):
             wall, spent, exits, answers = readings.transpose(2, 0, 1)
-            if moved := int(((exits != exits[0]) | (answers != answers[0])).any(0).sum()):
-                raise AnytimeError(
-                    f"{self.name}: {net.execution} under {policy.label} took other exits or gave other answers in another "
-                    f"launch, on {moved} of {len(x)} samples: its kernels are not deterministic; try threads=1"
-                )
+            self.check_launches(net, policy, exits, answers)
             replays.append(Replayed(exits[0], answers[0], 1e-6 * wall, 1e-6 * spent, facts, at_once))
         return replays
 
@@ -196,11 +192,6 @@ class Host(Board):
 
 
 # The machine
-
-
-def _cpuinfo(field: str) -> str:
-    line = re.search(rf"^{field}\s*:(.*)$", cpu.read("/proc/cpuinfo"), re.MULTILINE)
-    return line[1].strip() if line else ""
 
 
 def _cores() -> int:

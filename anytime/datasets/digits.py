@@ -54,6 +54,4 @@ class Digits(DatasetSpec):
 
     def augmentation(self) -> Augment | None:
         """A mild affine map; black comes in from outside."""
-        if not self.augment:
-            return None
-        return partial(affine, degrees=10.0, translate=2.0, scale=(0.9, 1.1), fill=self.preprocessing.black)
+        return partial(affine, fill=self.preprocessing.black) if self.augment else None

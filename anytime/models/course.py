@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from anytime.errors import UsageError
+from anytime.layers import he_normal
 from anytime.model import AnytimeModel, ModelSpec, need_shape
 
 
@@ -60,9 +61,7 @@ class EarlyExitResNet18(ModelSpec):
             ],
             heads=[nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_classes)) for c in (64, 128, 256, 512)],
         )
-        for m in model.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(model, "fan_out")
         return model
 
 

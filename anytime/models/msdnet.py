@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anytime.errors import UsageError
+from anytime.layers import he_normal
 from anytime.model import AnytimeModel, ModelSpec, need_shape
 
 SCALES = 3  # of 32x32 images: the coarsest map is 8x8
@@ -139,9 +140,7 @@ class MSDNet(ModelSpec):
                 )
             )  # fmt: skip
         model = AnytimeModel(stages, heads)
-        for m in model.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(model, "fan_out")
         return model
 
     def _check(self) -> None:

@@ -102,8 +102,7 @@ class _Page:
 
     def _pivots(self) -> str:
         return "\n".join(
-            self.table(p.header, p.body, "Accuracy, latency and size by network, exit and backend")
-            + f'<div class="notes">{"".join(f"<p>{rich(line)}" for line in p.notes)}</div>'
+            self.table(p.header, p.body, "Accuracy, latency and size by network, exit and backend") + _notes(p.notes)
             for p in pivots(self.rows)
         )
 
@@ -117,7 +116,7 @@ class _Page:
             if section.header:
                 caption = f"{section.title}: {len(section.body)} rows"
                 html.append(self.table(section.header, section.body, caption, links, len(section.body) >= SORTED_FROM))
-            html += [f'<div class="notes">{"".join(f"<p>{rich(line)}" for line in section.notes)}</div>'] if section.notes else []
+            html += [_notes(section.notes)] if section.notes else []
             if section.level > 2 and found:
                 found[-1][1].extend(html)
             else:
@@ -171,6 +170,10 @@ def _packed(text: str) -> str:
 
 def _list(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{esc(line)}' for line in lines)}</ul>" if lines else ""
+
+
+def _notes(lines: Sequence[str]) -> str:
+    return f'<div class="notes">{"".join(f"<p>{rich(line)}" for line in lines)}</div>'
 
 
 def _terms(facts: Row) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anytime import record
-from anytime.errors import DataError, WriteError
+from anytime.errors import DataError
+from anytime.files import write_atomically
 from anytime.gather import gather
 from anytime.page.data import decided, digest_of, groups
 
@@ -90,7 +90,9 @@ def keep(exp: Experiment, results: Path) -> list[Path]:
             p = data.preprocessing
             pixels = np.asarray(data.test.x) * np.reshape(p.std, (-1, 1, 1)) + np.reshape(p.mean, (-1, 1, 1))
             images = pictures.kept_of(name)["images"] | {str(i): _png(pixels[i]) for i in sorted(wanted[name])}
-            written.append(_write(results / "pictures" / f"{name}.json", {"classes": list(data.classes), "images": images}))
+            written.append(results / "pictures" / f"{name}.json")
+            said = {"classes": list(data.classes), "images": images}
+            write_atomically(written[-1], (json.dumps(said, indent=0, sort_keys=True) + "\n").encode())
     return written
 
 
@@ -101,14 +103,3 @@ def _png(pixels: Any) -> str:
     body, shown = io.BytesIO(), np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
     Image.fromarray(shown if shown.shape[-1] == 3 else shown[..., 0]).save(body, "PNG", optimize=True)
     return base64.b64encode(body.getvalue()).decode()
-
-
-def _write(path: Path, said: dict[str, Any]) -> Path:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(said, indent=0, sort_keys=True) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}; free space or change its rights") from error
-    return path

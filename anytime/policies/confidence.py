@@ -19,12 +19,6 @@ class MaxProb(Searched):
     the samples (that is GeometricSplit).
     """
 
-    def _scores(self, logits: Floats) -> Floats:
-        return stops.max_probability(logits)
-
-    def _stop(self, logits: Floats) -> Bools:
-        return stops.by_max_probability(logits, self.thresholds)
-
 
 @dataclass(frozen=True)
 class Entropy(Searched):

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anytime import stops
-from anytime.metrics import Bools, Floats, Predictions, take
+from anytime.metrics import Floats, Predictions, take
 from anytime.policy import Listed, PathCost, Points, mean_cost
 from anytime.threshold import Divider, Threshold
 
@@ -24,12 +23,6 @@ class GeometricSplit(Threshold, Listed):
     section 5.1 and its code. Deviations: 1,001 values of q, 0 and infinity among them, where the code has 39 of 0.05 to 1.95;
     shares are rounded to the nearest number of samples, not down, and thresholds lie midway between two scores.
     """
-
-    def _scores(self, logits: Floats) -> Floats:
-        return stops.max_probability(logits)
-
-    def _stop(self, logits: Floats) -> Bools:
-        return stops.by_max_probability(logits, self.thresholds)
 
     def _points(self, val: Predictions, cost: PathCost) -> Points:
         self._enough(val)

@@ -7,9 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from anytime import stops
 from anytime.errors import UsageError
-from anytime.metrics import Bools, Floats, Predictions, correct, take
+from anytime.metrics import Floats, Predictions, correct, take
 from anytime.policy import Listed, PathCost, Points, Policy
 from anytime.threshold import BEYOND, Threshold
 
@@ -45,12 +44,6 @@ class RiskControl(Threshold, Listed):
         """The name of the question."""
         sure = "" if self.delta == RiskControl.delta else f" (delta {self.delta:g})"
         return f"{super().label} {self.epsilon:g}" + (" of accuracy" if self.against == "labels" else "") + sure
-
-    def _scores(self, logits: Floats) -> Floats:
-        return stops.max_probability(logits)
-
-    def _stop(self, logits: Floats) -> Bools:
-        return stops.by_max_probability(logits, self.thresholds)
 
     def losses(self, p: Predictions) -> Floats:
         """What is lost when sample n leaves at exit e [E, N]; at the last exit nothing."""

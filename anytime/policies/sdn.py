@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from anytime import stops
-from anytime.metrics import Bools, Floats, Ints
+from anytime.metrics import Floats, Ints
 from anytime.threshold import Searched
 
 
@@ -19,12 +19,6 @@ class SDN(Searched):
     Source: Kaya et al., "Shallow-Deep Networks: Understanding and Mitigating Network Overthinking", ICML 2019, section 4.2
     and its code. Deviation: thresholds are fitted on val to a budget; temperatures, where given, are in the comparison.
     """
-
-    def _scores(self, logits: Floats) -> Floats:
-        return stops.max_probability(logits)
-
-    def _stop(self, logits: Floats) -> Bools:
-        return stops.by_max_probability(logits, self.thresholds)
 
     def answer(self, logits: Floats, exits: Ints) -> Floats:
         """The logits that are answered [N, K]: of the exit taken, or of the most confident one when that is the last."""

@@ -29,11 +29,6 @@ def layer_sqnr(net: Quantized | AnytimeModel, model: AnytimeModel, x: Tensor, ba
     return _compared(net, model, x, len(x), batch)[2]
 
 
-def worst(sqnr: Mapping[str, float], n: int = 5) -> list[tuple[str, float]]:
-    """The n layers with the lowest SQNR, the worst first."""
-    return sorted(sqnr.items(), key=lambda item: item[1])[:n]
-
-
 def first_bad(sqnr: Mapping[str, float]) -> str:
     """The layer with the largest drop in SQNR, up to the first one under 0 dB if there is any.
 

@@ -55,19 +55,18 @@ class OnnxChain:
         outputs "logits" (with a head) and "state_out" (unless nothing can follow).
         """
         w = Writer()
-        first, stop, head = segment
-        restarts = self.model.restarts
-        fresh = first == 0 or (restarts and stop > first)  # it begins from the input
-        inputs, value = _enter(w, self.states[0 if fresh else first], "x" if fresh else "state", self.channels_last)
-        for k in range(first, stop)[-1:] if restarts else range(first, stop):
+        head, restarts = segment.head, self.model.restarts
+        fresh = segment.fresh(restarts)
+        inputs, value = _enter(w, self.states[0 if fresh else segment.first], "x" if fresh else "state", self.channels_last)
+        for k in segment.stages(restarts):
             value = _link(w, self.model.stages[k], f"stages.{k}", value, self.int_bias)
         outputs = []
         if head is not None:
             logits = _link(w, self.model.heads[head], f"heads.{head}", value, self.int_bias)
             w.nodes.append(helper.make_node("Identity", [logits.name], ["logits"], "logits"))
             outputs.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", self.n_classes]))
-        if stop > first and (head is None or (stop < self.model.n_exits and not restarts)):
-            outputs += _leave(w, value, self.states[stop], self.channels_last)
+        if segment.hands_on(self.model.n_exits, restarts):
+            outputs += _leave(w, value, self.states[segment.stop], self.channels_last)
         read = {name for node in w.nodes for name in node.input}
         constants = [tensor for name, tensor in w.initializers.items() if name in read]
         graph = helper.make_graph(w.nodes, _title(segment), inputs, outputs, constants)

@@ -15,7 +15,7 @@ from anytime.model import AnytimeModel
 from anytime.quant.bits import Bits, Target
 from anytime.quant.fake import FakeQuant, QConv2d, QLinear, QuantizedLayer
 from anytime.quant.nodes import TENSORS, conv_before, is_add, is_relu, is_view, module_of, name_of, output_nodes, passes
-from anytime.quant.trace import links
+from anytime.quant.trace import insert_after, links
 
 # Functions and methods that multiply as a layer does, by name, as torch's autocast and its FLOP counter know them. Modules
 # need no list: they multiply where they have a parameter of two dimensions or more, but for those that scale each value.
@@ -108,12 +108,7 @@ class Placement:
 
         def put_after(node: fx.Node) -> None:
             q = FakeQuant(8, self.target == "s8s8", f"{path}:{node.name}")
-            name = f"quant_{node.name}"
-            g.add_module(name, q)
-            with g.graph.inserting_after(node):
-                new = g.graph.call_module(name, (node,))
-            node.replace_all_uses_with(new, lambda user: user is not new)
-            held[node] = held[new] = q
+            held[node] = held[insert_after(g, node, f"quant_{node.name}", q)] = q
             self._wishes[q] = []
 
         for node in list(g.graph.nodes):

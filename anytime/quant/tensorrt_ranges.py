@@ -14,7 +14,7 @@ from anytime.quant.fake import FakeQuant
 from anytime.quant.graph import Quantized
 from anytime.quant.place import asks_shape
 from anytime.quant.ranges import NEEDS_VALUES, Observer, activation_grid
-from anytime.quant.trace import links, traced
+from anytime.quant.trace import insert_after, links, traced
 
 Calibrator = Literal["entropy2", "minmax"]
 OBSERVERS: dict[Calibrator, Observer] = {"entropy2": "entropy", "minmax": "minmax"}
@@ -55,8 +55,4 @@ def graph_scales(graph: onnx.GraphProto, known: dict[str, float], entering: Sequ
 
 
 def _watch_behind(link: fx.GraphModule, node: fx.Node, name: str) -> None:
-    at = f"watch_{node.name}"
-    link.add_module(at, FakeQuant(8, True, name))
-    with link.graph.inserting_after(node):
-        new = link.graph.call_module(at, (node,))
-    node.replace_all_uses_with(new, lambda user: user is not new)
+    insert_after(link, node, f"watch_{node.name}", FakeQuant(8, True, name))

@@ -90,6 +90,15 @@ def drop_node(g: fx.GraphModule, node: fx.Node, instead: fx.Node) -> None:
     g.graph.erase_node(node)
 
 
+def insert_after(g: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+    """Let a module stand behind a node, in front of all its readers."""
+    g.add_module(name, module)
+    with g.graph.inserting_after(node):
+        new = g.graph.call_module(name, (node,))
+    node.replace_all_uses_with(new, lambda user: user is not new)
+    return new
+
+
 def tidy(g: fx.GraphModule) -> fx.GraphModule:
     """Forget what nobody calls any more."""
     g.graph.eliminate_dead_code()

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from anytime.backend import Deployable
+from anytime.backend import Deployable, links
 from anytime.board import Board, Replayed, Timing
 from anytime.boards.ssh import results
-from anytime.boards.ssh.job import MACHINE, RUNS, Job, agent_sha256, links, on_board
+from anytime.boards.ssh.job import MACHINE, RUNS, Job, agent_sha256, on_board
 from anytime.boards.ssh.link import Link, address_missing, waited
 from anytime.boards.ssh.remote import FOLDER, Remote
 from anytime.boards.ssh.said import said_of
@@ -165,11 +165,7 @@ class Ssh(Board):
             if not np.isfinite(answered).all():
                 raise AnytimeError(f"{self.name}: {policy.label} answers with logits of exits that were not read")
             answers = answered.argmax(-1)
-            if moved := int(((exits != exits[0]) | (answers != answers[0])).any(0).sum()):
-                raise AnytimeError(
-                    f"{self.name}: {net.execution} under {policy.label} took other exits or gave other answers in another "
-                    f"launch, on {moved} of {len(x)} samples: its kernels are not deterministic; try threads=1"
-                )
+            self.check_launches(net, policy, exits, answers)
             ran = pieces[-1]["said"]["engines"][i]
             replays.append(Replayed(exits[0], answers[0], wall, cpu, self._facts(pieces, ran, len(jobs), len(x), job)))
         return replays

@@ -165,11 +165,6 @@ def stem(segment: Segment) -> str:
     return f"{segment.first}-{segment.stop}-{'state' if segment.head is None else segment.head}"
 
 
-def links(net: Deployable) -> list[Segment]:
-    """Stage and head of every link, apart."""
-    return [s for k in range(net.n_exits) for s in (Segment(k, k + 1, None), Segment(k + 1, k + 1, k))]
-
-
 def on_board(net: Deployable, policy: Policy, x: Floats) -> Plain:
     """What the agent needs of a policy."""
     said: Plain = board_test(policy, net.predict(x[:256]))

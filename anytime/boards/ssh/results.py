@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from anytime.backend import Deployable, Segment
-from anytime.boards.ssh.job import links, stem
+from anytime.backend import Deployable, Segment, links
+from anytime.boards.ssh.job import stem
 from anytime.errors import AnytimeError
 from anytime.metrics import Floats
 from anytime.nvidia import tegrastats, trtexec
