@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from anytime.errors import Unsupported
 from anytime.metrics import Bools, Floats, Ints, Predictions, auroc, brier, ece, nll, softmax
 
 RESAMPLES = 500
@@ -20,9 +21,12 @@ HOTTEST = 64.0  # a temperature lies within 1/64 and 64: where every sample is r
 def temperatures(p: Predictions) -> Floats:
     """[E]: the temperature of each exit that minimises the mean NLL of logits / T; the labels of ``p`` are used.
 
-    Bisection on log T: the NLL is convex in 1/T, its slope the mean of (expected logit - logit of the truth).
+    Bisection on log T: the NLL is convex in 1/T, its slope the mean of (expected logit - logit of the truth). Unsupported without
+    samples.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
     """
+    if not len(p.labels):  # else all would be alike, and an arm that divides by their ratios would be the kept one
+        raise Unsupported(f"temperatures need samples, and the {p.part} part has none: give the data set some, as tune=1000")
     z = p.logits.astype(np.float64) - p.logits.max(-1, keepdims=True)
     truth = np.take_along_axis(z, p.labels[None, :, None], axis=-1)[..., 0].mean(-1)  # [E]
     lo, hi = np.full(p.n_exits, -np.log(HOTTEST)), np.full(p.n_exits, np.log(HOTTEST))

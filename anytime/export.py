@@ -102,6 +102,11 @@ def _asked(exp: Experiment, cell: Cell, label: str, budget: float | None) -> Fac
         raise UsageError(f"{label} is fitted to a budget: add --budget, of {there}")
     if budget not in (None, *asked):
         raise UsageError(f"{exp.name} has no budget {budget:g} for {label}; it has {there}")
+    if len(places := {f.board.name for f in facts if f.board is not None}) > 1:
+        raise UsageError(
+            f"{exp.name} fits {label} to ms on each of its boards ({', '.join(sorted(places))}), and a bundle holds one policy: "
+            "export from an experiment of one board"
+        )
     return next(f for b, f in asked.items() if budget in (None, b))
 
 
@@ -110,6 +115,7 @@ def _said(exp: Experiment, fact: Fact, fitted: Policy, test: Predictions) -> dic
     right = fitted.answer(test.logits, exits).argmax(-1) == test.labels
     return {
         "label": fitted.label, "budget": fact.budget, "currency": exp.currency, "spec": plain(fitted),
+        **({} if fact.board is None else {"board": fact.board.name}),  # whose ms these are
         **board_test(fitted, test.logits[:, :256]),
         "test_accuracy": float(right.mean()), "test_share": (np.bincount(exits, minlength=test.n_exits) / len(exits)).tolist(),
     }  # fmt: skip

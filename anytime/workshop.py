@@ -32,6 +32,7 @@ from anytime.metrics import Floats, Predictions
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.models.static import Static
 from anytime.quant.bias import reestimate_bn
+from anytime.quant.trace import check_links
 from anytime.spec import Spec, key
 from anytime.train import Progress, Recipe, Trainer, silent
 
@@ -89,6 +90,9 @@ class Workshop:
                 reestimate_bn(net, self.data(data, seed).train.x, batch=32)
             return net.eval()
         trainer, facts = self.trainer(data, model, recipe, train_seed, seed), dict[str, str]()
+        if not trainer.finished():
+            x = torch.randn(2, *self.data(data, seed).input_shape, generator=torch.Generator().manual_seed(0))
+            check_links(net, x)  # now, rather than when it has trained for hours
         if recipe.start == "static" and not trainer.finished():  # else nobody needs what it began from
             trunk = _trunk(model)
             base = self.trained(data, trunk, recipe.from_scratch(), train_seed, seed)

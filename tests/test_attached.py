@@ -529,3 +529,21 @@ def test_it_is_written_as_onnx_and_quantized(spec):
         logits, *state = session.run(None, dict(zip([i.name for i in proto.graph.input], state, strict=True)))
         # A value that falls to the other side of a step of some grid moves the logits of its sample (AVX2: 0.055 of DenseNet's).
         assert np.abs(logits - want[k]).max() <= 0.08 * np.abs(want[k]).max()
+
+
+class Folded(nn.Module):
+    """Channels that are folded into the axis of the samples, and read on both sides of a cut."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        folded = self.a(x).flatten(0, 1).softmax(-1)
+        x = F.relu(self.b(folded.unflatten(0, (-1, 8))))
+        return self.fc((self.b(x) + folded.unflatten(0, (-1, 8))).mean((2, 3)))
+
+
+def test_a_value_with_samples_folded_into_its_first_axis_crosses_no_cut():
+    with pytest.raises(UsageError, match="goes through 'softmax', whose first axis is not that of the samples"):
+        attached(Folded, "relu").build((3, 16, 16), 10)

@@ -24,6 +24,7 @@ from anytime.backends.onnxruntime import OnnxRuntime
 from anytime.backends.openvino import OpenVINO
 from anytime.backends.ptq import PTQ
 from anytime.board import board_test
+from anytime.boards.host import Host
 from anytime.bundle import _checked, _pixels, fingerprint, policy_of
 from anytime.cells import find_cell
 from anytime.dataset import normalise
@@ -582,6 +583,14 @@ def test_words_that_mean_no_one_network(home, words, said):
 def test_policies_that_there_are_not(home, words, policy, budget, said):
     with pytest.raises(UsageError, match=said):
         home.choose(*words, policy=policy, budget=budget)
+
+
+def test_a_budget_in_ms_is_one_boards(home):
+    _, cell = find_cell([str(home.exp), "Tiny", "INT8 PTQ"])
+    two = replace(experiment(str(home.exp)), currency="ms", boards=(Host(), Host(batch=8)))
+    with pytest.raises(UsageError, match="on each of its boards .host, host, batch 8.*an experiment of one board"):
+        export._asked(two, cell, "MaxProb", 0.6)
+    assert export._asked(replace(two, boards=(Host(),)), cell, "MaxProb", 0.6).board == Host()
 
 
 def test_a_cell_by_its_key(home, monkeypatch):

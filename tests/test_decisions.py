@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from anytime import decisions, metrics
+from anytime.errors import Unsupported
 from anytime.metrics import Ints, Predictions, take
 from anytime.policies.confidence import MaxProb
 from anytime.policy import Policy
@@ -31,6 +32,11 @@ def predictions(n: int = 400, n_exits: int = 4, n_classes: int = 5, seed: int = 
     logits = rng.normal(size=(n_exits, n, n_classes))
     logits[:, np.arange(n), labels] += np.linspace(0.8, 2.5, n_exits)[:, None] * rng.uniform(0.2, 1.8, n)
     return Predictions(logits, labels, part)  # type: ignore[arg-type]
+
+
+def test_temperatures_of_no_samples_are_none() -> None:
+    with pytest.raises(Unsupported, match="the tune part has none"):
+        decisions.temperatures(predictions(n=0, part="tune"))
 
 
 def test_temperatures_are_scipys() -> None:

@@ -245,3 +245,23 @@ def test_a_linear_layer_over_rows(of):
     want = TorchNet(net.twin, {}, True).predict(x)
     assert np.abs(net.predict(x) - want).max() <= (1e-5 if of == Float32() else 0.01 * np.abs(want).max())
     assert set(net.executed(x[:1]).values()) == {"fp32" if of == Float32() else "int8"}
+
+
+class Named(nn.Module):
+    """A module that bears the name which torch.fx gives the second call of another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act, self.act_1 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.ReLU6()
+
+    def forward(self, x):
+        return self.act_1(self.b(self.act(self.a(self.act(x)))))
+
+
+def test_a_second_call_takes_no_other_modules_name():
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    model = AnytimeModel([Named()], [head]).eval()
+    proto = OnnxChain(traced(model), SHAPE, int_bias=True).write(Segment(0, 1, 0))
+    x = torch.randn(2, *SHAPE)
+    with torch.inference_mode():
+        assert np.allclose(session_of(proto).run(None, {"x": x.numpy()})[0], model(x)[0], atol=1e-5)

@@ -12,7 +12,7 @@ from anytime.model import AnytimeModel
 from anytime.quant.graph import Widths, prepared
 from anytime.quant.learned import learn
 from anytime.quant.reconstruct import Reconstruction, reconstruct
-from anytime.quant.trace import traced
+from anytime.quant.trace import check_links, traced
 
 
 class Call(nn.Module):
@@ -165,3 +165,35 @@ def test_a_view_of_a_map_is_calibrated_channels_last():
     model, x = AnytimeModel([nn.Identity()], [View()]).eval(), torch.rand(70, 3, 4, 4)
     net = prepared(model, x, Widths(8, 8), "u8s8", "minmax", "minmax")
     assert (net.model(x) - model(x)).abs().max() < 0.02
+
+
+def added(m, x):
+    y = kept = m.conv(x)
+    y += m.other(x)
+    return y + kept
+
+
+@pytest.mark.parametrize(
+    "of, said",
+    [
+        (lambda m: m.heads[0].insert(0, nn.ReLU(inplace=True)), "exit 2 answers otherwise when no other head has run"),
+        (lambda m: m.stages.__setitem__(0, Call(added)), "exit 1 has effects that torch.fx does not see"),
+        (lambda m: None, ""),
+    ],
+)
+def test_a_network_that_is_another_one_in_graphs_is_refused_before_it_is_trained(of, said):
+    end = lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))  # noqa: E731
+    model = AnytimeModel([Call(lambda m, x: m.bn(m.conv(x))), nn.Conv2d(4, 4, 1)], [end(), end()])
+    of(model)
+    if not said:
+        return check_links(model, images())
+    with pytest.raises(Unsupported, match=said):
+        check_links(model, images())
+
+
+def test_a_dropout_that_asks_for_the_mode_drops_in_the_training_of_a_graph_too():
+    model = chain(lambda m, x: F.dropout(m.conv(x), 0.5, m.training))
+    chained = traced(model)
+    assert same(model, chained)
+    x = images()
+    assert torch.equal(chained(x), chained(x)) and not torch.equal(chained.train()(x), chained(x))

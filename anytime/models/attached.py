@@ -289,14 +289,16 @@ class Attached(ModelSpec):
                         f"{self.backbone}: the cut behind {tap.name!r} goes through {n.name!r}, a {shapes[n]} where only "
                         "tensors can be handed on; cut before or behind that block"
                     )
-                if axes.get(n, "b")[0] != "b":  # samples that leave are taken out by their place on the first axis
+            if tap is not taps[-1]:
+                heads.append(self._exit(tap.name, shapes[tap], axes.get(tap, ""), len(leaving) > 1, n_classes))
+            for n in leaving:
+                # Samples that leave are taken out by their place on the first axis: it is theirs, and two came in.
+                if axes.get(n, "b")[0] != "b" or shapes[n][:1] != (2,):
                     raise UsageError(
                         f"{self.backbone}: the cut behind {tap.name!r} goes through {n.name!r}, whose first axis is not that of "
                         "the samples; build the network with batch_first=True, or cut before or behind that block"
                     )
             stages.append(_graph(net, part, entering, leaving))
-            if tap is not taps[-1]:
-                heads.append(self._exit(tap.name, shapes[tap], axes.get(tap, ""), len(leaving) > 1, n_classes))
             entering = leaving
         rest = [n for n in nodes if n not in done]
         heads.append(_graph(net, rest[:-1], entering, rest[-1].all_input_nodes))

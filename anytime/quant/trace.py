@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from operator import getitem
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from anytime.errors import Unsupported, first_line
@@ -17,6 +19,12 @@ from anytime.quant.fake import FakeQuant, QConv2d, QLinear
 from anytime.quant.inplace import out_of_place
 from anytime.quant.nodes import conv_before, module_of, splits
 
+DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+}
 LEAVES = (nn.LocalResponseNorm, MixedPool2d, ZeroPadShortcut, FakeQuant, QConv2d, QLinear)
 
 
@@ -38,17 +46,30 @@ def trace(link: nn.Module, path: str) -> fx.GraphModule:
         if LinkTracer().is_leaf_module(link, ""):
             link = nn.Sequential(link).train(link.training)  # else it would be traced into, to a function
         graph = LinkTracer().trace(link)
+        _dropouts(link, graph)
         called = {node.target for node in graph.nodes if node.op == "call_module"}
         for node in graph.nodes:
             node.type = None  # an annotation may be a string, with which a graph cannot be pickled
-            if node.op in ("call_function", "call_method") and node.name in called:
-                node._rename(f"{node.name}_call")  # writers name modules by their targets, calls by their nodes
+            # Writers name modules by their targets; calls, and modules that are called again, by their nodes.
+            if node.op.startswith("call_") and node.name in called - {node.target}:
+                node._rename(f"{node.name}_call")
         for node in reversed(list(graph.nodes)):
             if node.target is getitem and splits(node.args[0]):
                 node.args[0].append(node)  # no unit ends on a tuple
         return fx.GraphModule(link, graph, type(link).__name__)
     except Exception as error:
         raise Unsupported(f"{path} cannot be traced ({first_line(error)}): a link must be a static graph") from error
+
+
+def _dropouts(link: nn.Module, graph: fx.Graph) -> None:
+    """Make modules of functions that drop nothing because they were traced in eval mode: in training (QAT) they drop again."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in DROPOUTS:
+            said = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
+            if not said.get("training", True):
+                name = f"as_module_{node.name}"
+                link.add_module(name, DROPOUTS[node.target](said.get("p", 0.5)).train(link.training))
+                node.op, node.target, node.args, node.kwargs = "call_module", name, (said["input"],), {}
 
 
 def traced(model: AnytimeModel, fold_bn: bool = True) -> AnytimeModel:
@@ -75,6 +96,37 @@ def traced(model: AnytimeModel, fold_bn: bool = True) -> AnytimeModel:
             _apart(link)
             chain[k] = _fold_bn(link) if fold_bn else link
     return model
+
+
+def check_links(model: AnytimeModel, x: Tensor) -> None:
+    """Unsupported where links change in eval mode what they read, or do what torch.fx does not see, on x [N, ...].
+
+    Else what an exit answers hangs on which heads were run before it, and every graph of the chain is another network.
+    """
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        logits, state = model(x.clone()), x
+        for k, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
+            state = stage(copy.deepcopy(x if model.restarts else state))
+            if not _alike(head(copy.deepcopy(state)), logits[k]):
+                raise Unsupported(
+                    f"exit {k + 1} answers otherwise when no other head has run: a head or a stage changes what it reads in place; "
+                    "write it out of place"
+                )
+        try:
+            graphs = traced(model)
+        except Unsupported:
+            return  # whoever needs the graphs says so
+        for k, (seen, meant) in enumerate(zip(graphs(x.clone()), logits, strict=True)):
+            if not _alike(seen, meant):
+                raise Unsupported(
+                    f"exit {k + 1} has effects that torch.fx does not see, such as in-place changes of a value that is read again; "
+                    "write them out of place"
+                )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-3 * b.abs().max().clamp(min=1))
 
 
 def links(model: AnytimeModel) -> Iterator[tuple[str, fx.GraphModule]]:
