@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,10 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = getattr(args, words, [])  # the path of a user's own experiment may hold spaces
         setattr(args, words, [w for one in said for w in ([one] if os.path.isfile(os.path.expanduser(one)) else one.split())])
     try:
-        return {
+        code = {
             "run": _run, "list": _list, "report": _report, "compare": _compare, "cite": _cite, "measure": _measure, "board": _board,
             "export": _export, "zoo": _zoo, "clean-cache": _clean_cache,
         }[args.command](args)  # fmt: skip
+        sys.stdout.flush()  # a reader that has gone is met here, not when the interpreter ends
+        return code
     except AnytimeError as error:
         if args.debug:
             traceback.print_exc()
@@ -157,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     except BrokenPipeError:
+        with suppress(OSError, ValueError):  # what is still held back must not be tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

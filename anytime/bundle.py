@@ -63,12 +63,16 @@ def load(folder: Path | str, *, policy: Policy | None = None, engine: Engine | N
     what is not there, CorruptFile for a file that is missing or not as it was written. RuntimeWarning where the engine gives
     other answers on this CPU.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     own: Engine = manifest.get("engine", "onnxruntime")  # manifests of before do not say
     engine = engine or own
     if engine not in get_args(Engine):
         raise UsageError(f"there is no engine {engine!r}; {near(engine, get_args(Engine))}")
+    if not (policy is None or isinstance(policy, Policy)):
+        raise UsageError(
+            f"policy={policy!r} is no policy: give a fitted one, as Fixed(0); by its name a policy is chosen where the bundle is written"
+        )
     if threads < 0:
         raise UsageError(f"threads={threads} is no number of threads: give 1 or more, or 0 for every core")
     made = manifest["provenance"]
@@ -271,6 +275,8 @@ def _checked(folder: Path, said: Mapping[str, Any]) -> bytes:
 def _pixels(image: Any, shape: Sequence[int], place: int) -> Floats:
     """One image -> float32 [C, H, W] in [0, 1]."""
     c, h, w = shape
+    if image is None or isinstance(image, str | bytes | Path):
+        raise UsageError(f"image {place} is a {type(image).__name__}: open it first, as PIL.Image.open does, and give its pixels")
     mode = getattr(image, "mode", "")  # PIL's
     if mode in ("P", "YCbCr", "HSV", "LAB"):  # places in a palette, or three numbers that are not red, green and blue
         raise UsageError(f"image {place} is in PIL's mode {mode}: give image.convert({'L' if c == 1 else 'RGB'!r})")

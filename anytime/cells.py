@@ -89,7 +89,8 @@ def _by_key(start: str) -> tuple[tuple[Experiment, ...], Cell]:
         hint = (
             f"did you mean {' or '.join(map(repr, close))}?" if close else "the tables' CSV files carry them in the column cell"
         )
-        raise UsageError(f"no experiment has a network with the key {start!r}; {hint}")
+        more = "of an experiment that lies elsewhere, its path goes before the key"
+        raise UsageError(f"no experiment has a network with the key {start!r}; {hint} ({more})")
     return tuple(exps), next(iter(found.values()))
 
 

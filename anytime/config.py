@@ -14,7 +14,7 @@ from anytime.dataset import DatasetSpec
 from anytime.errors import UsageError
 from anytime.model import ModelSpec
 from anytime.policy import Policy
-from anytime.spec import Spec
+from anytime.spec import Spec, check_said
 from anytime.train import Recipe
 
 Arm = Literal["refitted", "kept", "temperature", "share-matched", "retrained"]
@@ -79,6 +79,7 @@ class Experiment(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_said(self)
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise UsageError(f"experiment {self.name!r}: a name is of letters, digits, '_', '-' and '.', for files are called so")
         for field in ("suites", "backends", "train_seeds", "seeds", "arms"):
@@ -91,6 +92,15 @@ class Experiment(Spec):
             data, model, _ = next(one for one in named if named.count(one) > 1)
             raise UsageError(
                 f"experiment {self.name!r}: {model.label} on {data.label} is named twice; name it once, in one suite"
+            )
+        for field in ("backends", "budgets", "train_seeds", "seeds"):
+            said = getattr(self, field)
+            if again := [one for i, one in enumerate(said) if one in said[:i]]:
+                what = again[0].label if isinstance(again[0], Spec) else again[0]
+                raise UsageError(f"experiment {self.name!r}: {field} name {what} twice; name it once")
+        if self.time_samples < 1 or self.replay_samples < 1:
+            raise UsageError(
+                f"experiment {self.name!r}: time_samples={self.time_samples}, replay_samples={self.replay_samples}: use 1 or more"
             )
         if any(not b > 0 for b in self.budgets):
             raise UsageError(f"experiment {self.name!r}: budgets={self.budgets} must all be above 0")

@@ -34,6 +34,8 @@ from anytime.spec import key, plain
 from anytime.train import Progress, silent
 from anytime.workshop import Workshop
 
+SAME, SAMPLES = 0.95, 256  # share of so many test samples that a network must answer as it did when it was scored
+
 
 class Chosen(NamedTuple):
     """What is exported: a cell of an experiment, and the policy, or None, with what the manifest says of it."""
@@ -74,6 +76,7 @@ def choose(
         net = shop.net(cell)
     if not isinstance(net, GraphNet) or getattr(net, "precision", "f32") != "f32":
         raise Unsupported(f"{cell.backend.label} is arithmetic of its engine, and no ONNX graph holds it: export another one")
+    _check_same(cell, net, shop)
     if fact is None:
         return Chosen(exp, cell, net, None, None, shop)
     # The decision may be asked of the same numbers under another engine; it is fitted for this one.
@@ -85,6 +88,20 @@ def choose(
             f"a bundle finds its policy by name in anytime/policies, and {policy} is not there: put its file there first"
         ) from error
     return Chosen(exp, cell, net, fitted, _said(exp, fact, fitted, shop.predictions(cell)["test"]), shop)
+
+
+def _check_same(cell: Cell, net: GraphNet, shop: Workshop) -> None:
+    """AnytimeError where the network is another one now than what is known of it was found on."""
+    said = shop.predictions(cell)["test"].logits[:, :SAMPLES]
+    if not said.shape[1]:
+        return
+    now = net.predict(shop.data(cell.data, cell.seed).test.x[:SAMPLES].numpy())
+    same = float((now.argmax(-1) == said.argmax(-1)).mean())
+    if same < SAME:
+        raise AnytimeError(
+            f"{cell.model.label}, {cell.backend.label} answers otherwise than when it was scored: on {same:.0%} of {said.shape[1]} test "
+            "samples it names the same class. Its code or its engine has changed under one name: run the experiment again with FORCE=1"
+        )
 
 
 def _asked(exp: Experiment, cell: Cell, label: str, budget: float | None) -> Fact:
@@ -134,8 +151,11 @@ def save(
     policy every exit is written, for the one that ``anytime.load`` may be given; the default there, the last exit, then runs the
     heads of the others too.
     """
+    if not (policy is None or isinstance(policy, str)):
+        raise UsageError(f"policy={policy!r}: give its name in tables, {getattr(policy, 'label', 'MaxProb')!r}")
     found = exp if isinstance(exp, Experiment) else experiment(exp)
-    return write_bundle(choose(words, (), Path(results), policy, budget, exp=found), Path(to))
+    chosen = choose(words, (), Path(results).expanduser(), policy, budget, exp=found)
+    return write_bundle(chosen, Path(to).expanduser())
 
 
 def write_bundle(chosen: Chosen, to: Path) -> Path:

@@ -36,6 +36,8 @@ def path_of(name: str) -> Path:
     for folder in folders():
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
+    if Path(f"{name}.py").is_file():
+        raise UsageError(f"there is no experiment {name!r} in experiments/, but {name}.py lies here: say {name}.py")
     raise UsageError(f"there is no experiment {name!r}; {near(name, names())}")
 
 
@@ -80,6 +82,7 @@ def loaded(path: Path) -> Any:
         raise UsageError(f"{path}: {error}") from error
     except Exception as error:
         line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), None)
-        line = error.lineno if isinstance(error, SyntaxError) else line
+        # Where a file that it imports is no Python, the error itself says which, and its line.
+        line = error.lineno if isinstance(error, SyntaxError) and error.filename in (None, str(path)) else line
         raise UsageError(f"{path}, line {line}: {type(error).__name__}: {error}; mend the experiment file") from error
     return module

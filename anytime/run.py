@@ -65,6 +65,7 @@ class Runner:
     only: frozenset[Cell] = frozenset()
 
     def __post_init__(self) -> None:
+        self.results = Path(self.results).expanduser()  # as a string too
         self.shop = Workshop(self.results, self.progress)
         self.root = self.results / "records"
         self.forced = Forced(self.results, self.exp.name)

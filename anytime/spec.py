@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from anytime.errors import UsageError, near
 
 T = TypeVar("T")
+NOT_SAID = "cannot be part of a spec: use numbers, strings, tuples or Specs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,15 @@ class Spec:
     """
 
     version: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """UsageError for a class with an ``__init__`` of its own: what it takes would be in no key, and two of them be one."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls) and "__dataclass_fields__" not in vars(cls):  # slots=True makes a class once more
+            raise UsageError(
+                f"{cls.__name__} has an __init__ of its own, whose arguments no key would tell apart: write them as fields, under "
+                "@dataclass(frozen=True), as width: int = 8"
+            )
 
     def __post_init__(self) -> None:
         """UsageError for a value that its field's type does not hold; a subclass with checks of its own calls this first.
@@ -123,7 +133,21 @@ def _plain(obj: Any, every_field: bool) -> Any:
         return [_plain(o, every_field) for o in obj]
     if obj is None or isinstance(obj, bool | int | float | str):
         return obj
-    raise TypeError(f"{obj!r} cannot be part of a spec: use numbers, strings, tuples or Specs")
+    raise TypeError(f"{obj!r} {NOT_SAID}")
+
+
+def check_said(spec: Spec) -> None:
+    """UsageError for a value within that no key can name: lists and dicts change, and of a class or a path JSON knows nothing."""
+    for f in dataclasses.fields(spec):
+        todo = [getattr(spec, f.name)]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, tuple):
+                todo += value
+            elif isinstance(value, Spec):
+                check_said(value)
+            elif not (value is None or isinstance(value, bool | int | float | str)):
+                raise UsageError(f"{type(spec).__name__}: {f.name}={getattr(spec, f.name)!r} {NOT_SAID}")
 
 
 def _called(cls: type) -> str:
@@ -187,6 +211,15 @@ def _value(text: str, old: Any, hint: Any, path: str) -> Any:
     if not _fits(new, hint):
         new = _widened(new, hint)
     if not _fits(new, hint):
+        where, held = path, old
+        while isinstance(held, tuple) and held:
+            where, held = f"{where}.0", held[0]
+        if isinstance(held, Spec):
+            names = [f.name for f in dataclasses.fields(held)]
+            field = f"set a field of it, as {where}.{names[0]}=..., or " if names else ""
+            raise UsageError(
+                f"--set {path}={text}: no text says a {type(held).__name__}: {field}write another into the experiment"
+            )
         raise UsageError(f"--set {path}={text}: it must be {_say(hint)}, for example {path}={_example(old, hint)}")
     return new
 
@@ -212,7 +245,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, float) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return isinstance(value, origin or hint)
 
 
 def _widened(value: Any, hint: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,8 +30,11 @@ def workers(n: int) -> Iterator[ProcessPoolExecutor]:
         for process in active_children():
             process.terminate()
         if isinstance(error, BrokenProcessPool):
+            main, more = sys.modules["__main__"], ""
+            if getattr(main, "__file__", None) and getattr(main, "__spec__", None) is None:  # a script, not python -m
+                more = f'; what {main.__file__} runs must stand under if __name__ == "__main__": each process imports it anew'
             raise AnytimeError(
-                f"one of {n} processes was killed, most likely for want of memory: run again with fewer side by side (JOBS)"
+                f"one of {n} processes was killed, most likely for want of memory: run again with fewer side by side (JOBS){more}"
             ) from error
         raise
     pool.shutdown()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import io
 import shutil
 import zlib
 from collections.abc import Iterable
-from dataclasses import fields
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -24,16 +20,17 @@ import torch
 from anytime.backend import Deployable, TorchNet
 from anytime.board import Timing
 from anytime.config import Cell
+from anytime.contents import digests_of
 from anytime.cost import Cost, account
 from anytime.dataset import Data, DatasetSpec, Part
-from anytime.errors import WriteError
+from anytime.errors import AnytimeError, WriteError
 from anytime.files import write_atomically
 from anytime.metrics import Floats, Predictions
 from anytime.model import AnytimeModel, ModelSpec
 from anytime.models.static import Static
+from anytime.probe import check_answers, check_links
 from anytime.quant.bias import reestimate_bn
-from anytime.quant.trace import check_links
-from anytime.spec import Spec, key
+from anytime.spec import key
 from anytime.train import Progress, Recipe, Trainer, silent
 
 Predicted = Literal["tune", "val", "hold", "test", "calib"]
@@ -63,7 +60,7 @@ class Workshop:
 
     def content(self, cell: Cell) -> str:
         """What names the samples and weights that a user may change under one name; "" for a cell of published ones alone."""
-        digests = list(_imported(cell))
+        digests = list(digests_of(cell))
         if cell.data.own:
             parts = self.data(cell.data, cell.seed)
             digests = [parts.train.digest, parts.test.digest, *digests]
@@ -72,7 +69,7 @@ class Workshop:
     def changeable(self, cell: Cell) -> str:
         """What ``content`` names, in words."""
         samples = [f"the samples of {cell.data.label}"] if cell.data.own else []
-        return " or ".join(samples + [f"the weights or the code of {cell.model.label}"] * bool(_imported(cell)))
+        return " or ".join(samples + [f"the weights or the code of {cell.model.label}"] * bool(digests_of(cell)))
 
     def trained(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> AnytimeModel:
         """The float network of a cell, from the cache or trained now.
@@ -104,13 +101,15 @@ class Workshop:
     def _built(self, data: DatasetSpec, model: ModelSpec, train_seed: int, seed: int) -> AnytimeModel:
         parts = self.data(data, seed)
         torch.manual_seed(train_seed * 1000)
-        return model.build(parts.input_shape, parts.n_classes)
+        net = model.build(parts.input_shape, parts.n_classes)
+        check_answers(net, model.label, parts)
+        return net
 
     def trainer(self, data: DatasetSpec, model: ModelSpec, recipe: Recipe, train_seed: int, seed: int) -> Trainer:
         """The trainer of a cell; its key names the training."""
         parts = self.data(data, seed)
         # The content too: a user's own folder or file may change under the same name.
-        name = key(("training", data, model, recipe, train_seed, seed, parts.train.digest, *_imported(model)))
+        name = key(("training", data, model, recipe, train_seed, seed, parts.train.digest, *digests_of(model)))
 
         def say(what: str, done: int, total: int, left_s: float | None = None) -> None:
             self.progress(f"train {model.label} on {data.label}" + ("" if what == "base" else " again"), done, total)
@@ -140,7 +139,13 @@ class Workshop:
             model = self.trained(cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed)
             t1 = perf_counter()
             trainer = self.trainer(cell.data, cell.model, cell.recipe, cell.train_seed, cell.seed)
-            self._nets[name] = cell.backend.compress(model, parts.calib, trainer)
+            net = cell.backend.compress(model, parts.calib, trainer)
+            if not isinstance(net, Deployable):
+                raise AnytimeError(
+                    f"{cell.backend.label}: compress gave a {type(net).__name__}: return a Deployable, as "
+                    "TorchNet(network, {}, simulated=False)"
+                )
+            self._nets[name] = net
             self.wall_s[name] = {"train": t1 - t0, "compress": perf_counter() - t1}
         return self._nets[name]
 
@@ -154,7 +159,7 @@ class Workshop:
         parts = self.data(cell.data, cell.seed)
         held = _read_arrays(path) or {}
         digests = {name: getattr(parts, name).digest for name in PREDICTED}
-        learned = key((parts.train.digest, *_imported(cell)))  # what else the network hangs on that may change under one name
+        learned = key((parts.train.digest, *digests_of(cell)))  # what else the network hangs on that may change under one name
         known = dict(zip((*PREDICTED, "learned"), map(str, held.get("content", ())), strict=False))
         if known.get("learned", "" if cell.data.own else learned) != learned:  # published samples need not have said it
             held = {}
@@ -240,38 +245,6 @@ def delete(kept: Iterable[Path]) -> None:
 @lru_cache(maxsize=4)
 def _loaded(spec: DatasetSpec, seed: int) -> Data:
     return spec.load(seed)
-
-
-def _imported(spec: object) -> tuple[str, ...]:
-    """sha256 of every file that a spec names, if all are there: of weights, but where its name bears it ("resnet20-12fca82f.th"),
-    and of the Python of a network of the user's own ("mynet:make"), which has no version to be counted up.
-    """
-    if isinstance(spec, tuple):
-        return tuple(digest for part in spec for digest in _imported(part))
-    if not isinstance(spec, Spec):
-        return ()
-    found = _imported(tuple(getattr(spec, f.name) for f in fields(spec)))
-    if isinstance(spec, ModelSpec):
-        weights, (module, own, _) = getattr(spec, "weights", ""), str(getattr(spec, "backbone", "")).partition(":")
-        files = [Path(weights).expanduser()] * bool(weights) + [_code(module)] * bool(own)
-        if all(file.is_file() for file in files):
-            digests = [(file, _sha256(file, file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
-            found += tuple(digest for file, digest in digests if digest[:8] not in file.name)
-    return found
-
-
-def _code(module: str) -> Path:
-    """The file of a Python module; none where it is not found."""
-    with contextlib.suppress(ImportError, ValueError):
-        found = find_spec(module)
-        return Path((found and found.origin) or "")
-    return Path()
-
-
-@lru_cache
-def _sha256(file: Path, mtime_ns: int, size: int) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _trunk(model: ModelSpec) -> ModelSpec:

@@ -242,7 +242,8 @@ def test_images_of_every_kind(chosen, bundle):
         (lambda x: x.astype(np.int64), "is int64: give uint8"),
         (lambda x: x.astype(np.float32), r"is float32 from .* to .*: give floats from 0 to 1"),
         (lambda x: x / 255 * np.nan, "give floats from 0 to 1"),
-        (lambda x: None, "has the shape"),
+        (lambda x: None, "image 0 is a NoneType: open it first"),
+        (lambda x: "cat.png", "image 0 is a str: open it first"),
     ],
 )
 def test_images_that_it_cannot_take(chosen, bundle, make, said):
@@ -330,6 +331,13 @@ def test_a_hurt_bundle(bundle, hurt, said):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_network_that_is_another_now_is_not_exported(home, chosen, monkeypatch):
+    predict = export.GraphNet.predict
+    monkeypatch.setattr(export.GraphNet, "predict", lambda self, x, batch=256: -predict(self, x, batch))
+    with pytest.raises(AnytimeError, match=r"Tiny, OnnxRuntime\(of=PTQ\) answers otherwise than when it was scored: .* FORCE=1"):
+        home.choose("Tiny", "INT8 PTQ")
+
+
 def test_questions_without_sense(bundle, tmp_path):
     for work, said in (
         (lambda: anytime.load(tmp_path), "is no bundle, it has no manifest.json"),
@@ -339,6 +347,8 @@ def test_questions_without_sense(bundle, tmp_path):
         (lambda: anytime.load(bundle, policy=MaxProb(thresholds=(0.5,) * 4)), "4 thresholds are fitted, 2 are needed"),
         (lambda: anytime.load(bundle, policy=Reading(of=MaxProb(), chosen=(0, 2))), "0 thresholds are fitted, 1 are needed"),
         (lambda: anytime.load(bundle, policy=Patience()), "Patience.*call fit first"),
+        (lambda: anytime.load(bundle, policy="Entropy"), "policy='Entropy' is no policy: give a fitted one"),
+        (lambda: anytime.save("quickstart", to="net", policy=MaxProb()), r"policy=MaxProb\(.*give its name in tables, 'MaxProb'"),
         (lambda: anytime.load(bundle).batch(Image.new("RGB", (16, 16))), "Image holds no images .*for one image call net"),
     ):
         with pytest.raises(UsageError, match=said):

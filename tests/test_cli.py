@@ -100,6 +100,16 @@ def test_scripts_get_json_and_silence(ran, tmp_path):
     assert anytime("compare", "mine", tmp_path / "r", "--quiet", cwd=ran) == (0, "", "")
 
 
+def test_a_reader_that_has_gone_is_no_error(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "anytime", "clean-cache"]
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as gone:
+        said = subprocess.run(command, cwd=tmp_path, stdout=gone, stderr=subprocess.PIPE, text=True, env=env)
+    assert (said.returncode, said.stderr) == (1, "")
+
+
 def test_the_table_can_be_made_without_torch(ran):
     code = "import sys; sys.modules['torch'] = None; from anytime.__main__ import main; sys.exit(main(['report', 'mine']))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -148,14 +158,24 @@ def test_jobs_give_the_same_rows(ran, tmp_path):
         (("run", "mine.py", "--set", "budgets=('a',)"), "must be tuple[float, ...]"),
         (("run", "mine.py", "--set", "budgets=(0,)"), "must all be above 0"),
         (("run", "mine.py", "--set", "backends=()"), "backends is empty"),
+        (("run", "mine.py", "--set", "budgets=(0.5, 0.5)"), "budgets name 0.5 twice"),
+        (("run", "mine.py", "--set", "train_seeds=(0, 0)"), "train_seeds name 0 twice"),
+        (("run", "mine.py", "--set", "replay_samples=-1"), "replay_samples=-1: use 1 or more"),
         (("run", "mine.py", "--format", "xls"), "no such format"),
         (("run", "mine.py", "--jobs", "0"), "give 1 or more"),
         (("report", "myne"), "did you mean 'mine'"),
+        (("list", "mine"), "mine.py lies here: say mine.py"),
     ],
     ids=lambda v: "" if isinstance(v, str) else " ".join(v[1:]),
 )
 def test_a_wrong_question(ran, args, said):
     wrong(anytime(*args, cwd=ran), 2, said)
+
+
+def test_a_file_that_is_no_python_is_named_where_it_is_imported(tmp_path):
+    (tmp_path / "my_blocks.py").write_text("x = 1\ny = 2\ndef f(:\n")
+    (tmp_path / "mine.py").write_text("import os\nimport my_blocks\n")
+    wrong(anytime("list", "mine.py", cwd=tmp_path), 2, "mine.py, line 2: SyntaxError: invalid syntax (my_blocks.py, line 3)")
 
 
 @pytest.mark.parametrize(
@@ -277,6 +297,7 @@ def test_export_writes_what_its_three_lines_run(ran, tmp_path):
         (("mine.py", "B-LeNot"), "did you mean 'B-LeNet'"),
         (("",), "no network is named"),
         (("0123456789ab",), "no experiment has a network with the key"),
+        (("0123456789ab",), "its path goes before the key"),
         (("myne", "B-LeNet"), "no experiment 'myne'"),
         (("mine.py", "B-LeNet", "FP32", "--policy", "Entropi"), "did you mean 'Entropy'"),
         (("mine.py", "B-LeNet", "FP32", "--single-file"), "is called NAME.onnx"),

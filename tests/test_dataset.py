@@ -693,6 +693,14 @@ def test_image_folder_with_a_limit_keeps_every_class(tmp_path: Path) -> None:
         ),
         (lambda root: (root / "test" / "red").rename(root / "test" / "green"), r"do not have the same classes \(green, red\)"),
         (lambda root: shutil.rmtree(root / "test"), "test cannot be used"),
+        (
+            lambda root: Image.fromarray(np.full((20, 16), 30_000, np.uint16)).save(root / "train" / "red" / "3.png"),
+            "train/red/3.png holds more than 8 bits .* I;16",
+        ),
+        (
+            lambda root: Image.fromarray(np.full((20, 16), 0.5, np.float32)).save(root / "test" / "red" / "2.png", "TIFF"),
+            "test/red/2.png holds more than 8 bits .* F",
+        ),
         (lambda root: [p.unlink() for p in (root / "train" / "red").iterdir()], "train cannot be used .*red"),
         (lambda root: [shutil.rmtree(root / side / "red") for side in ("train", "test")], "its training set has one class"),
     ],

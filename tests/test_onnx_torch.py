@@ -194,3 +194,20 @@ def test_torchvisions_classifiers(name):
     with torch.inference_mode():
         want = net(x).numpy()
     assert np.abs(session_of(proto).run(None, {"x": x.numpy()})[0] - want).max() < 1e-5 * np.abs(want).max()
+
+
+class Swaps(nn.Module):
+    def forward(self, x):
+        return torch.cat(x.chunk(2, 1)[::-1], 1)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_parts_that_are_joined_in_another_order(bits):
+    torch.manual_seed(0)
+    stages = [nn.Sequential(nn.Conv2d(4, 4, 1), Swaps()), nn.Conv2d(4, 4, 1)]
+    chain = AnytimeModel(stages, [nn.Sequential(nn.Flatten(), nn.Linear(324, 4)) for _ in stages]).eval()
+    x = torch.rand(3, *SHAPE)
+    ready = traced(chain) if bits == 32 else prepared(chain, x, Widths(8, 8), "u8s8", "minmax", "minmax").freeze(round_bias=True)
+    proto = OnnxChain(ready, SHAPE, True).write(Segment(0, 2, 1))
+    got = session_of(proto).run(None, {proto.graph.input[0].name: x.numpy()})[0]
+    assert np.allclose(got, ready(x)[1].detach().numpy(), atol=1e-4)

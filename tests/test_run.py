@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -585,6 +585,39 @@ def test_a_factory_s_code_that_changed_is_asked_again(tmp_path, monkeypatch):
         found.append(shop.content(cell))
     assert all(found) and found[0] != found[1]
     assert shop.changeable(cell).startswith("the weights or the code of")
+
+
+NOTEBOOK = """
+from torch import nn
+
+WIDTH = 4
+
+def block():
+    return nn.Sequential(nn.Conv2d(3, WIDTH, 3, 2), nn.ReLU())
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(block(), nn.Flatten(), nn.Linear(49 * WIDTH, num_classes))
+"""
+
+
+def test_a_notebook_s_factory_that_changed_is_asked_again(tmp_path, monkeypatch):
+    cell = next(iter(experiment(suites=(Suite(experiment().suites[0].data, (Attached("__main__:Net", ("0",)),)),)).cells()))
+    shop, found = Workshop(tmp_path / "results"), []
+    for body in (
+        NOTEBOOK,
+        NOTEBOOK + "\nother = 3\n",
+        NOTEBOOK.replace("ReLU", "Tanh"),
+        NOTEBOOK.replace("WIDTH = 4", "WIDTH = 5"),
+    ):
+        notebook = ModuleType("__main__")
+        exec(body, vars(notebook))
+        monkeypatch.setitem(sys.modules, "__main__", notebook)
+        found.append(shop.content(cell))
+    assert all(found) and found[0] == found[1] and len(set(found)) == 3
+    (tmp_path / "script.py").write_text(NOTEBOOK)
+    notebook.__file__ = str(tmp_path / "script.py")
+    assert shop.content(cell) not in ("", *found), "of a script it is the file"
 
 
 def test_weights_that_changed_under_their_name_are_asked_again(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anytime.errors import UsageError
 from anytime.gather import said_of
-from anytime.spec import Spec, defaults, key, override, plain
+from anytime.spec import Spec, check_said, defaults, key, override, plain
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,39 @@ def test_a_wrong_override_says_what_to_do(path, text, said):
         override(Outer("x"), path, text)
 
 
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("inner", r"no text says a Inner: set a field of it, as inner\.\w+=\.\.\., or write another"),
+        ("many", r"as many\.0\.\w+=\.\.\., or write another"),
+    ],
+)
+def test_an_override_does_not_propose_what_cannot_be_said(path, said):
+    with pytest.raises(UsageError, match=said):
+        override(Outer("x"), path, "Inner(epochs=3)")
+
+
 def test_a_spec_of_strange_things_is_refused():
     with pytest.raises(TypeError, match="cannot be part of a spec"):
         plain((1, object()))
+
+    @dataclass(frozen=True)
+    class Odd(Spec):
+        held: object = ()
+        widths: list[int] | tuple[int, ...] = ()
+
+    check_said(Odd((1, Odd()), (8, 16)))
+    for wrong in ({"held": Spec}, {"held": [8, 16]}, {"held": ({},)}, {"widths": [8, 16]}):
+        with pytest.raises(UsageError, match=rf"Odd: {next(iter(wrong))}=.* cannot be part of a spec"):
+            check_said(Odd((1, Odd(**wrong))))
+
+
+def test_a_spec_without_fields_for_what_it_takes_is_refused():
+    with pytest.raises(UsageError, match="Own has an __init__ of its own.*write them as fields"):
+
+        class Own(Spec):
+            def __init__(self, width):
+                self.width = width
 
 
 @pytest.mark.parametrize(

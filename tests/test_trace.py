@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from anytime.errors import Unsupported
 from anytime.model import AnytimeModel
+from anytime.probe import check_links
 from anytime.quant.graph import Widths, prepared
 from anytime.quant.learned import learn
 from anytime.quant.reconstruct import Reconstruction, reconstruct
-from anytime.quant.trace import check_links, traced
+from anytime.quant.trace import traced
 
 
 class Call(nn.Module):

@@ -68,6 +68,22 @@ def test_they_end_with_one_who_was_killed(tmp_path):
         time.sleep(0.05)
 
 
+UNGUARDED = """
+from anytime.workers import workers
+with workers(1) as pool:
+    pool.submit(print, 1).result()
+"""
+
+
+def test_a_script_that_guards_nothing_is_told_so(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    ran = subprocess.run([sys.executable, str(tmp_path / "script.py")], env=env, capture_output=True, text=True)
+    assert ran.stderr.splitlines()[-1].endswith(
+        f'what {tmp_path / "script.py"} runs must stand under if __name__ == "__main__": each process imports it anew'
+    )
+
+
 def _runs(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -1,6 +1,6 @@
 """What a workshop keeps is found again only as long as nothing that it hangs on has changed."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from anytime import workshop
+from anytime.backend import Backend
 from anytime.backends.float import Float32
 from anytime.config import Cell
 from anytime.datasets.npz import Npz
 from anytime.datasets.synthetic import Synthetic
+from anytime.errors import AnytimeError
 from anytime.losses import FrozenTrunk
+from anytime.model import AnytimeModel, ModelSpec
 from anytime.models.attached import Attached
 from anytime.models.iresnext import IResNeXt
 from anytime.models.resnet import ResNet20
@@ -117,3 +120,51 @@ def test_a_frozen_trunk_is_trained_by_itself_first(tmp_path, model):
     net, base = shop.trained(DATA, model, recipe, 0, 0), shop.trained(DATA, Static(TINY), recipe.from_scratch(), 0, 0)
     same = [torch.equal(a, b) for a, b in zip(net.stages.parameters(), base.stages.parameters(), strict=True)]
     assert all(same) if net.n_exits > 1 else not any(same)  # the network's twin is trained on
+
+
+@dataclass(frozen=True)
+class Made(ModelSpec):
+    """A network of the user's own, as ``kind`` says."""
+
+    kind: str = "fine"
+
+    def build(self, input_shape, n_classes):
+        def head(more=0):
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, n_classes + more))
+
+        body = nn.Sequential(
+            nn.Conv2d(input_shape[0], 4, 3), nn.BatchNorm2d(4, track_running_stats=self.kind != "batch"), nn.ReLU()
+        )
+        if self.kind == "no chain":
+            return nn.Sequential(body, head())
+        channels = 5 if self.kind == "channels" else 4
+        return AnytimeModel([body, nn.Conv2d(channels, 4, 3)], [head(), head(self.kind == "classes")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no chain", "build gave a Sequential: return an AnytimeModel"),
+        ("classes", r"exit 2 gives \[2, 5\] for 2 images: of 4 classes it must be \[2, 4\]"),
+        ("channels", "stage or head 2 cannot take what reaches it .*5 channels"),
+        ("batch", "exit 1 answers an image otherwise when it stands alone"),
+    ],
+)
+def test_a_network_that_is_no_classifier_of_these_data_is_refused(tmp_path, kind, message):
+    shop, data = Workshop(tmp_path), Synthetic(n=200, noise=0.25, n_classes=4, calib=8, tune=8, val=8, hold=8)
+    assert shop.trained(data, Made(), Recipe(epochs=0), 0, 0).n_exits == 2
+    with pytest.raises(AnytimeError, match=message):
+        shop.trained(data, Made(kind), Recipe(epochs=0), 0, 0)
+
+
+@dataclass(frozen=True)
+class Forgetful(Backend):
+    """Returns nothing."""
+
+    def compress(self, model, calib, trainer, target="u8s8"): ...
+
+
+def test_a_backend_that_returns_nothing_is_told_so(tmp_path):
+    data = Synthetic(n=200, noise=0.25, n_classes=4, calib=8, tune=8, val=8, hold=8)
+    with pytest.raises(AnytimeError, match="compress gave a NoneType: return a Deployable"):
+        Workshop(tmp_path).net(Cell(data, Made(), Recipe(epochs=0), Forgetful(), 0, 0))

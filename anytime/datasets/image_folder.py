@@ -19,7 +19,8 @@ from anytime.errors import DataError, UsageError, first_line
 class ImageFolder(DatasetSpec):
     """Read ``path``/train/<class>/* and ``path``/test/<class>/*, all of it into memory.
 
-    Every image is resized until its shorter side is ``size`` and cropped about its centre to ``size`` x ``size``.
+    Every image is resized until its shorter side is ``size`` and cropped about its centre to ``size`` x ``size``; it must have
+    8 bits for each channel of a pixel, or fewer.
     ``mean`` and ``std`` have three values for colour or one for grey. ``augment`` crops from a frame padded by an
     eighth of ``size`` and mirrors every second image.
 
@@ -88,10 +89,16 @@ class ImageFolder(DatasetSpec):
         for i, (file, _) in enumerate(found.samples):
             try:
                 with Image.open(file) as image:
+                    mode = image.mode
                     pixels = np.asarray(resize(image.convert("L" if len(self.mean) == 1 else "RGB")))
             except Exception as error:  # Pillow's decoders raise all kinds on broken files
                 raise DataError(
                     f"ImageFolder: {file} cannot be read as an image ({first_line(error)}): repair or remove it"
                 ) from error
+            if mode.startswith(("I", "F")):  # Pillow cuts such pixels off at 255, and floats in [0, 1] become 0 and 1
+                raise DataError(
+                    f"ImageFolder: {file} holds more than 8 bits for each pixel (Pillow's mode {mode}), which would be cut off at 255: "
+                    "convert it to 8 bits, or give floats in [0, 1] by Npz"
+                )
             x[i] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return x, np.array(found.targets), tuple(found.classes)

@@ -111,7 +111,8 @@ def _out_quant(stage: fx.GraphModule, entering: Any) -> Any:
             held = of(node.args[0])
             return held[node.args[1]] if isinstance(held, tuple) else held
         if node.target is torch.cat:
-            return onnx_ops.one_grid(set(of(node.args[0])))
+            grids = of(node.args[0])  # the parts of one tensor, handed over as they came, share its grid
+            return onnx_ops.one_grid(set(grids)) if isinstance(grids, tuple) else grids
         module = stage.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, FakeQuant):
             return module

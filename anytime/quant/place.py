@@ -348,7 +348,11 @@ def uncovered(model: AnytimeModel, sources: Mapping[str, FakeQuant]) -> Iterator
                 elif not bool(torch.isfinite(layer.weight_scale).all()):
                     yield name, "its weight is not calibrated"
             elif layer is not None and not isinstance(layer, SCALING) and any(p.ndim >= 2 for p in layer.parameters()):
-                yield name, f"no quantizer for {type(layer).__name__}"
+                mode = getattr(layer, "padding_mode", "zeros")
+                yield (
+                    name,
+                    f"no quantizer for {type(layer).__name__}" + (f" with padding_mode={mode!r}" if mode != "zeros" else ""),
+                )
             elif node.op in ("call_function", "call_method") and name_of(node) in MULTIPLYING:
                 yield name, f"no quantizer for the {node.op.removeprefix('call_')} {name_of(node)}"
             elif node.op == "call_function" and not _known(node.target):

@@ -8,7 +8,7 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -96,37 +96,6 @@ def traced(model: AnytimeModel, fold_bn: bool = True) -> AnytimeModel:
             _apart(link)
             chain[k] = _fold_bn(link) if fold_bn else link
     return model
-
-
-def check_links(model: AnytimeModel, x: Tensor) -> None:
-    """Unsupported where links change in eval mode what they read, or do what torch.fx does not see, on x [N, ...].
-
-    Else what an exit answers hangs on which heads were run before it, and every graph of the chain is another network.
-    """
-    model = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        logits, state = model(x.clone()), x
-        for k, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
-            state = stage(copy.deepcopy(x if model.restarts else state))
-            if not _alike(head(copy.deepcopy(state)), logits[k]):
-                raise Unsupported(
-                    f"exit {k + 1} answers otherwise when no other head has run: a head or a stage changes what it reads in place; "
-                    "write it out of place"
-                )
-        try:
-            graphs = traced(model)
-        except Unsupported:
-            return  # whoever needs the graphs says so
-        for k, (seen, meant) in enumerate(zip(graphs(x.clone()), logits, strict=True)):
-            if not _alike(seen, meant):
-                raise Unsupported(
-                    f"exit {k + 1} has effects that torch.fx does not see, such as in-place changes of a value that is read again; "
-                    "write them out of place"
-                )
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= 1e-3 * b.abs().max().clamp(min=1))
 
 
 def links(model: AnytimeModel) -> Iterator[tuple[str, fx.GraphModule]]:
