@@ -51,7 +51,7 @@ def test_the_plain_form(target):
     assert measured <= bound and 0.2 < measured / predicted < 5
     if target == "u8s8":  # of what is rounded: where heads stay in float, share counts these too
         assert numbers(net.facts["bops_of_w8a8"])[:1] == [pytest.approx(share(net), abs=1e-4)]
-    assert numbers(net.facts["gap"]) == [0]
+    assert net.facts["gap"] == ("nan" if net.bits == uniform else "0")  # nobody solved for the uniform one
     assert sum(int(n.split(" x ")[1]) for n in net.facts["bits"].split(", ")) == len(net.bits)
 
 
