@@ -6,7 +6,10 @@ IResNeXt L9 with 4 sub-networks and its static twin, the largest of them alone, 
 2 too, each in one cycle of the learning rate: a curve, for the authors' 300 epochs are four days here (the four sub-networks together
 take 12 minutes an epoch of one core, as they share weights and nothing that was computed). Each exit restarts from the image: a fixed
 policy jumps to the one that its budget pays, a max-probability policy asks one after another and pays their sum. The budgets are
-what the four cost alone. It has not been run yet.
+what the four cost alone.
+
+It gave, in FP32: 77.53, 80.88, 82.11 and 82.51 % after 5 epochs, 69.12 to 72.80 % after 2; asking one after another is worse than
+jumping by up to 0.55 points at one budget. The static twin, INT8 and times have not been run yet.
 """
 
 from dataclasses import replace
