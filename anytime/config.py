@@ -93,11 +93,10 @@ class Experiment(Spec):
             raise UsageError(
                 f"experiment {self.name!r}: {model.label} on {data.label} is named twice; name it once, in one suite"
             )
-        for field in ("backends", "budgets", "train_seeds", "seeds"):
+        for field in ("budgets", "train_seeds", "seeds"):  # two backends may have become one by --set
             said = getattr(self, field)
             if again := [one for i, one in enumerate(said) if one in said[:i]]:
-                what = again[0].label if isinstance(again[0], Spec) else again[0]
-                raise UsageError(f"experiment {self.name!r}: {field} name {what} twice; name it once")
+                raise UsageError(f"experiment {self.name!r}: {field} name {again[0]} twice; name it once")
         if self.time_samples < 1 or self.replay_samples < 1:
             raise UsageError(
                 f"experiment {self.name!r}: time_samples={self.time_samples}, replay_samples={self.replay_samples}: use 1 or more"
