@@ -4,7 +4,7 @@
 
 IResNeXt L9 with 4 sub-networks and its static twin, the largest of them alone, on CIFAR-10, trained alike for 5 epochs, and IResNeXt for
 2 too, each in one cycle of the learning rate: a curve, for the authors' 300 epochs are four days here (the four sub-networks together
-take 12 minutes an epoch of one core, as they share weights and nothing that was computed). Each exit restarts from the image: a fixed
+take 12 to 24 minutes an epoch of one core, as they share weights and nothing that was computed). Each exit restarts from the image: a fixed
 policy jumps to the one that its budget pays, a max-probability policy asks one after another and pays their sum. The budgets are
 what the four cost alone.
 
